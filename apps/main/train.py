@@ -1,0 +1,428 @@
+"""Training, top to bottom: batch -> forward -> backward -> clip, step -> metrics -> checkpoint, signals.
+
+    python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]
+    torchrun --nproc-per-node 8 -m apps.main.train config=...
+
+Start the same command again and it goes on from the newest whole checkpoint in dump_dir.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from apps.main.transformer import (
+    LMTransformer,
+    LMTransformerArgs,
+    count_flops_per_token,
+    count_parameters,
+    validate_model_args,
+)
+from lingua.args import looks_secret, parse_args, to_dict, to_yaml
+from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
+from lingua.data import (
+    DataArgs,
+    build_dataloader_from_args,
+    check_state_fits,
+    init_dataloader_state_from_args,
+    validate_data_args,
+)
+from lingua.distributed import (
+    DTYPES,
+    DistributedArgs,
+    StopSignal,
+    World,
+    any_rank,
+    default_environment,
+    find_world,
+    process_group,
+    reduce_sum,
+    run_main,
+    set_environment,
+    validate_distributed_args,
+    validate_environment,
+)
+from lingua.logger import add_log_file, init_logger
+from lingua.metrics import (
+    LoggingArgs,
+    MetricsLogger,
+    Stopwatch,
+    drop_metrics_after,
+    format_duration,
+    memory_metrics,
+    power_draw,
+    validate_logging_args,
+)
+from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
+from lingua.tokenizer import build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ProfilingArgs:
+    run: bool = False
+    trace_folder: str = "profiling"
+    mem_warmup: int = 100
+    mem_steps: int = 2
+    profile_warmup: int = 102
+    profile_steps: int = 2
+
+
+@dataclass
+class TrainArgs:
+    name: str = "lingua"
+    dump_dir: str = ""
+    seed: int = 42
+    grad_acc_steps: int = 1
+    gc_collect_freq: int = 1000
+    probe_freq: int | None = None
+    steps: int = 1000
+    data: DataArgs = field(default_factory=DataArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    model: LMTransformerArgs = field(default_factory=LMTransformerArgs)
+    distributed: DistributedArgs = field(default_factory=DistributedArgs)
+    env: dict[str, str] = field(default_factory=default_environment)
+    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
+    profiling: ProfilingArgs = field(default_factory=ProfilingArgs)
+    logging: LoggingArgs = field(default_factory=LoggingArgs)
+    async_eval_gpus: int | None = None
+    eval: Any | None = None
+
+
+# --- before anything is written ------------------------------------------------------------------------------------
+
+
+def validate_train_args(args: TrainArgs, world: World) -> None:
+    """Checks the whole config and fills in what follows from other keys: vocabulary, sequence length, dp_replicate.
+
+    Raises ValueError, one line that names the key. Reads the tokenizer and folder listings, writes nothing.
+    """
+    if not args.dump_dir:
+        raise ValueError("dump_dir: not set; name the folder for this run's checkpoints and logs")
+    for name in ("grad_acc_steps", "gc_collect_freq", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
+    if args.seed < 0:
+        raise ValueError(f"seed: {args.seed} is negative, it must be 0 or more")
+    for key, wanted in (
+        ("probe_freq", args.probe_freq is not None),
+        ("profiling.run", args.profiling.run),
+        ("async_eval_gpus", args.async_eval_gpus is not None),
+        ("eval", args.eval is not None),
+    ):
+        if wanted:
+            raise ValueError(f"{key}: not available yet; leave it out")
+    validate_environment(args.env)
+    validate_distributed_args(args.distributed, world)
+    validate_data_args(args.data)
+    if args.data.n_views < 2:
+        raise ValueError(f"data.n_views: {args.data.n_views}; training needs 2, the input and the target")
+    validate_optim_args(args.optim)
+    validate_logging_args(args.logging)
+    n_words = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
+    if args.model.vocab_size == -1:
+        args.model.vocab_size = n_words
+    if args.model.vocab_size < n_words:
+        raise ValueError(f"model.vocab_size: {args.model.vocab_size} is less than the tokenizer's {n_words} words")
+    args.model.max_seqlen = args.data.seq_len
+    validate_model_args(args.model)
+    if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
+        raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
+
+
+def check_writable(key: str, folder: Path, needed: int) -> None:
+    """Raises ValueError if `folder` cannot be made or written to, or has less than `needed` bytes free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{key}: '{existing}' is a file, not a folder")
+    if os.statvfs(existing).f_flag & os.ST_RDONLY or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: '{existing}' is read-only; name a folder that can be written to")
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{key}: '{existing}' has {free / 2**20:,.0f} MiB free, and a checkpoint takes {needed / 2**20:,.0f} MiB; "
+            "make room, or name a folder elsewhere"
+        )
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and of AdamW's two moments."""
+    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+# --- building ------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: TrainArgs) -> LMTransformer:
+    """The model without memory behind it (meta device): parameters in fp32, value tables in bf16 where computing is."""
+    with torch.device("meta"):
+        model = LMTransformer(args.model)
+    if args.distributed.model_dtype == "bf16":
+        for memory in model.memories().values():
+            for table in memory.tables:
+                table.to(torch.bfloat16)
+    return model
+
+
+def set_torch_options(args: TrainArgs) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if args.distributed.matmul_allow_tf32 else "highest")
+    torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
+
+
+def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
+    dense, memory = count_parameters(model)
+    logger.info("parameters: %s dense, %s in memory values", f"{dense:,}", f"{memory:,}")
+    logger.info(
+        "%s rank(s) on %s (%s), computing in %s; torch %s, Python %s",
+        world.size,
+        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
+        platform.node(),
+        args.distributed.model_dtype,
+        torch.__version__,
+        platform.python_version(),
+    )
+    launch = ("OMP_", "MKL_", "NCCL_", "TORCH", "CUDA_", "SLURM_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
+    shown = sorted(
+        f"{name}={value}" for name, value in os.environ.items() if name.startswith(launch) and not looks_secret(name)
+    )
+    logger.info("environment: %s", " ".join(shown))
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """What an optimizer step leaves to be logged; tensors, so that nothing waits for a GPU before a log line is due."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    value_grad_norm: torch.Tensor | None
+
+
+class Run:
+    """A run's moving parts, and how far it is: `step` optimizer steps done, the loader at `loader_state`."""
+
+    def __init__(self, args: TrainArgs, world: World):
+        self.args, self.world = args, world
+        self.step = 0
+        self.loader_state = init_dataloader_state_from_args(args.data, world.rank, world.size)
+        self.stopwatch = Stopwatch()
+        self.metrics: MetricsLogger | None = None
+        path = args.checkpoint.path or Path(args.dump_dir) / "checkpoints"
+        self.checkpoints = CheckpointManager(args.checkpoint, Path(path), world.rank, world.size)
+        self.model = build_model(args)
+        self.tokens_per_batch = args.data.batch_size * args.data.seq_len
+        self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
+
+    def find_place(self) -> Path | None:
+        """Sets step and loader to where training goes on; returns the checkpoint to take the rest from, if any."""
+        init = self.args.checkpoint.init_ckpt_path
+        folder = self.checkpoints.latest()
+        if folder is None and self.args.checkpoint.continue_training_from_init:
+            folder = Path(init)
+        if folder is not None:
+            train_state = read_train_state(folder, self.world.rank, self.world.size)
+            self.step, self.loader_state = train_state["step"], train_state["data_loader_state"]
+            check_state_fits(self.args.data, self.loader_state)
+        return folder
+
+    def materialize(self, resume_from: Path | None) -> None:
+        """Gives the model its memory and weights, and makes the optimizer."""
+        args, device = self.args, self.world.device
+        self.model.to_empty(device=device)
+        self.model.init_weights()
+        self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps)
+        if resume_from is not None:
+            load_training(resume_from, self.model, self.optimizer)
+            set_schedule_step(self.optimizer, self.scheduler, self.step)
+        elif args.checkpoint.init_ckpt_path is not None:
+            load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+        self.wrapped: nn.Module = self.model
+        if self.world.size > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
+        dtype = DTYPES[args.distributed.model_dtype]
+        self.autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def train_step(self, batches: Iterator[tuple[np.ndarray, dict[str, Any]]]) -> Step:
+        """`grad_acc_steps` batches forward and backward; gradients are averaged over ranks, clipped and used once."""
+        n_batches, acc_freq = self.args.grad_acc_steps, self.args.logging.acc_freq
+        loss_sum = torch.zeros((), device=self.world.device)
+        for number in range(1, n_batches + 1):
+            with self.stopwatch.waiting_for_data():
+                batch, self.loader_state = next(batches)
+            tokens = torch.from_numpy(batch).to(self.world.device)
+            between = number < n_batches and self.wrapped is not self.model
+            with self.wrapped.no_sync() if between else contextlib.nullcontext():
+                with self.autocast():
+                    loss = self.wrapped(tokens[..., 0], tokens[..., 1])
+                (loss / n_batches).backward()
+            loss_sum += loss.detach()
+            if acc_freq is not None and number < n_batches and number % acc_freq == 0:
+                self.log_batches(number, loss_sum / number)
+        norms = clip_gradients(self.model, self.args.optim.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.stopwatch.count_step()
+        return Step(loss_sum / n_batches, *norms)
+
+    def log_batches(self, acc_step: int, loss: torch.Tensor) -> None:
+        """The loss within a step, over its first `acc_step` batches."""
+        mean = self.mean_over_ranks(loss)
+        if self.metrics is not None:
+            self.metrics.log({"global_step": self.step, "acc_step": acc_step, "loss/out": mean})
+            logger.info("step: %s  acc: %s  loss: %.4f", self.step, acc_step, mean)
+
+    def log_step(self, step: Step) -> None:
+        args, device = self.args, self.world.device
+        mean_loss = self.mean_over_ranks(step.loss)
+        tokens_per_step = self.tokens_per_batch * args.grad_acc_steps
+        speed = self.stopwatch.lap(tokens_per_step, args.steps - self.step)
+        # The rate that this step was taken with; the schedule stands at the next one already.
+        used = [
+            base * factor(self.step - 1)
+            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        metrics = {
+            "global_step": self.step,
+            "acc_step": 0,
+            **speed,
+            "speed/FLOPS": self.flops_per_token * speed["speed/wps"],
+            "optim/grad_norm": step.grad_norm.item(),
+            "optim/lr": used[0],
+            "optim/total_tokens": self.step * tokens_per_step * self.world.size,
+            **memory_metrics(device),
+            "loss/out": mean_loss,
+        }
+        if step.value_grad_norm is not None:
+            metrics |= {"optim/value_grad_norm": step.value_grad_norm.item(), "optim/value_lr": used[1]}
+        if self.metrics is not None:
+            self.metrics.log(metrics)
+            logger.info("%s", format_log_line(metrics, power_draw(device)))
+
+    def mean_over_ranks(self, loss: torch.Tensor) -> float:
+        return reduce_sum([loss.item()])[0] / self.world.size
+
+    def save(self) -> None:
+        train_state = {"step": self.step, "acc_step": 0, "data_loader_state": self.loader_state}
+        folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
+        logger.info("saved %s", folder)
+        self.stopwatch.restart_lap()
+
+
+def format_log_line(metrics: dict[str, Any], power: float | None) -> str:
+    memory = metrics.get("memory/max_active_pct", metrics.get("memory/rss_pct"))
+    return "  ".join(
+        [
+            f"step: {metrics['global_step']}",
+            f"acc: {metrics['acc_step']}",
+            f"loss: {metrics['loss/out']:.4f}",
+            f"grad: {metrics['optim/grad_norm']:.2e}",
+            f"flops: {metrics['speed/FLOPS']:.2e}",
+            f"wps: {metrics['speed/wps']:.2e}",
+            f"iter: {metrics['speed/curr_iter_time']:.3f}",
+            f"data: {metrics['speed/data_load_time']:.3f}",
+            f"lr: {metrics['optim/lr']:.2e}",
+            f"mem: {memory:.0f}%",
+            f"pow: {'-' if power is None else f'{power:.0f} W'}",
+            f"left: {format_duration(metrics['speed/time_left'])}",
+        ]
+    )
+
+
+def open_logs(run: Run) -> None:
+    """Makes dump_dir on the first rank: config.yaml, train.log, metrics.jsonl."""
+    if run.world.rank != 0:
+        return
+    args, folder = run.args, Path(run.args.dump_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    add_log_file(folder / "train.log")
+    beside = folder / "config.yaml.tmp"
+    beside.write_text(to_yaml(args), encoding="utf-8")
+    beside.rename(folder / "config.yaml")
+    dropped = drop_metrics_after(folder / "metrics.jsonl", run.step)
+    if dropped:
+        logger.info("dropped %s metrics lines past step %s, which is computed again", dropped, run.step)
+    wandb_args = None if args.logging.wandb is None else {"name": args.name, **args.logging.wandb}
+    run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_args, to_dict(args))
+    log_start(args, run.world, run.model)
+
+
+def train(args: TrainArgs) -> None:
+    """Trains as `args` say, from the newest checkpoint where there is one, until `args.steps` or a stop signal.
+
+    Raises ValueError for a config, data or checkpoint that cannot work (one line, nothing written by then) and OSError
+    where the disk fails.
+    """
+    world = find_world()
+    init_logger(world.rank, world.size)
+    validate_train_args(args, world)
+    set_environment(args.env)
+    set_torch_options(args)
+    with contextlib.ExitStack() as stack:
+        stop_signal = StopSignal()
+        stack.enter_context(process_group(world))
+        run = Run(args, world)
+        resume_from = run.find_place()
+        if run.step >= args.steps:
+            logger.info("all %s steps are done (%s); nothing to do", args.steps, resume_from)
+            return
+        for key, folder in (("dump_dir", Path(args.dump_dir)), ("checkpoint.path", run.checkpoints.path)):
+            check_writable(key, folder, checkpoint_bytes(run.model))
+        logger.info("filling the shuffle buffer: %s rows", args.data.prefetch_size * args.data.batch_size)
+        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
+        batches = itertools.chain([next(loader)], loader)
+        run.materialize(resume_from)
+        open_logs(run)
+        run.checkpoints.clean_up()
+        logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
+        train_steps(run, batches, stop_signal)
+        if run.metrics is not None:
+            run.metrics.close()
+
+
+def train_steps(run: Run, batches: Iterator[tuple[np.ndarray, dict[str, Any]]], stop_signal: StopSignal) -> None:
+    """The loop. The last step is checkpointed whatever the schedule of checkpoints says."""
+    # A collection at a moment of each rank's own makes the others wait; so all collect at the same steps.
+    gc.disable()
+    run.stopwatch.restart_lap()
+    while run.step < run.args.steps:
+        step = run.train_step(batches)
+        if run.step % run.args.logging.freq == 0 or run.step == run.args.steps:
+            run.log_step(step)
+        stopping = any_rank(stop_signal.name is not None)
+        if run.checkpoints.is_due(run.step) or stopping or run.step == run.args.steps:
+            run.save()
+        if stopping:
+            logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
+            return
+        if run.step % run.args.gc_collect_freq == 0:
+            gc.collect()
+    logger.info("done: %s steps", run.args.steps)
+
+
+def main() -> None:
+    train(parse_args(TrainArgs))
+
+
+if __name__ == "__main__":
+    run_main(main)

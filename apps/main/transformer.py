@@ -1,0 +1,120 @@
+"""One language model: token embedding, the blocks of lingua.transformer, norm, output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lingua.product_key.memory import count_lookup_flops
+from lingua.transformer import (
+    BaseTransformer,
+    BaseTransformerArgs,
+    Mask,
+    RMSNorm,
+    create_causal_mask,
+    cross_entropy,
+    validate_transformer_args,
+)
+
+
+@dataclass
+class LMTransformerArgs(BaseTransformerArgs):
+    """Config section `model`. `vocab_size` comes from the tokenizer where it is -1, `max_seqlen` from the data."""
+
+    seed: int = 42
+    vocab_size: int = -1
+    weight_tying: bool = False
+    sliding_window: int | None = None
+
+
+def validate_model_args(args: LMTransformerArgs) -> None:
+    """Raises ValueError, one line that names the key, for a model that cannot be built."""
+    validate_transformer_args(args)
+    if args.seed < 0:
+        raise ValueError(f"model.seed: {args.seed} is negative, it must be 0 or more")
+    if args.sliding_window is not None and args.sliding_window < 1:
+        raise ValueError(f"model.sliding_window: {args.sliding_window} is too small, it must be 1 or more")
+
+
+class LMTransformer(BaseTransformer):
+    """`model(tokens) -> logits (B, T, vocab)`; `model(tokens, target) -> mean loss`. Tokens are (B, T) ids.
+
+    The weights follow from `args.seed` alone, whatever random numbers were drawn before. Built on the meta device it
+    holds none: `to_empty`, then `init_weights`.
+    """
+
+    def __init__(self, args: LMTransformerArgs):
+        validate_model_args(args)
+        if args.vocab_size < 1:
+            raise ValueError(f"model.vocab_size: {args.vocab_size} is no size; take the tokenizer's n_words")
+        super().__init__(args)
+        self.seed = args.seed
+        self.sliding_window = args.sliding_window
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.weight_tying:
+            self.register_load_state_dict_pre_hook(_drop_tied_output)
+        if not self.tok_embeddings.weight.is_meta:
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws all parameters anew from the model's seed (section 3 of the interface names the distributions)."""
+        device = self.tok_embeddings.weight.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            super().init_weights()
+            std = self.init_base_std or self.dim**-0.5
+            nn.init.trunc_normal_(self.tok_embeddings.weight, std=std, a=-3 * std, b=3 * std)
+            self.norm.reset_parameters()
+            if self.output is not None:
+                nn.init.trunc_normal_(self.output.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(
+        self,
+        token_values: torch.Tensor,
+        target: torch.Tensor | None = None,
+        tok_idx: torch.Tensor | None = None,
+        mask: Mask | None = None,
+        attn_impl: str = "sdpa",
+    ) -> torch.Tensor:
+        if mask is None:
+            mask = create_causal_mask(token_values.shape[1], attn_impl, self.sliding_window, token_values.device)
+        h = super().forward(self.tok_embeddings(token_values), tok_idx=tok_idx, mask=mask, attn_impl=attn_impl)
+        logits = F.linear(self.norm(h), (self.output or self.tok_embeddings).weight)
+        return logits if target is None else cross_entropy(logits, target)
+
+
+def _drop_tied_output(model: LMTransformer, state_dict: dict, prefix: str, *_: object) -> None:
+    """Before loading: drops a tied output stored beside the embedding. Raises ValueError where they differ."""
+    output = state_dict.pop(f"{prefix}output.weight", None)
+    embedding = state_dict.get(f"{prefix}tok_embeddings.weight")
+    if output is not None and embedding is not None and not output.is_meta and not torch.equal(output, embedding):
+        raise ValueError(
+            f"{prefix}output.weight: differs from {prefix}tok_embeddings.weight, so this checkpoint is not tied; "
+            "set model.weight_tying=false"
+        )
+
+
+def count_parameters(model: LMTransformer) -> tuple[int, int]:
+    """(dense, memory): the numbers of all parameters but the value tables, and of the value tables."""
+    tables = {table.weight for memory in model.memories().values() for table in memory.tables}
+    memory = sum(weight.numel() for weight in tables)
+    return sum(parameter.numel() for parameter in model.parameters()) - memory, memory
+
+
+def count_flops_per_token(model: LMTransformer, seq_len: int) -> int:
+    """Floating-point operations per trained token, forward and backward, as the paper on PaLM counts them (appendix B).
+
+    6 for each weight that multiplies a token, 6 * n_layers * width * seq_len for causal attention. Of a memory the
+    search takes part like any other weight; of its tables only the rows that are read.
+    """
+    dense, _ = count_parameters(model)
+    if model.output is not None:
+        dense -= model.tok_embeddings.weight.numel()  # a look-up, no product
+    width = model.layers[0].attention.wq.out_features
+    lookups = sum(count_lookup_flops(memory) for memory in model.memories().values())
+    return 6 * dense + 6 * len(model.layers) * width * seq_len + lookups

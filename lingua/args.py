@@ -1,0 +1,164 @@
+"""YAML and command line -> typed dataclasses, checked whole; every error names its key.
+
+The order: defaults of the dataclass < the file named by `config=` < `key=value` on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth(?!or)|cookie|private|session|dsn|webhook", re.IGNORECASE)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable of this name should stay out of logs and saved configs."""
+    return _SECRET.search(name) is not None
+
+
+def _environment_resolver(name: str, default: str | None = None) -> str | None:
+    """`${oc.env:NAME}`, but not for secrets: the value would be saved with the config."""
+    if looks_secret(name):
+        raise ValueError(f"${{oc.env:{name}}} looks like a secret, which does not belong in a config")
+    return os.environ.get(name, default)
+
+
+OmegaConf.register_resolver("oc.env", _environment_resolver, replace=True)
+
+
+def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
+    """An instance of dataclass `cls` from `key=value` arguments (default: the command line).
+
+    Raises ValueError, one line, for anything that does not fit `cls`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for argument in argv:
+        if not re.match(r"[^=\s][^=]*=", argument):
+            raise ValueError(f"argument '{argument}': wanted key=value, such as optim.lr=1e-4")
+    files = [argument.partition("=")[2] for argument in argv if argument.startswith("config=")]
+    if len(files) > 1:
+        raise ValueError(f"config: given {len(files)} times; one file can be read")
+    config = OmegaConf.structured(cls)
+    for file in files:
+        config = _merge(cls, config, read_yaml(file), file)
+    try:
+        given = OmegaConf.from_dotlist([argument for argument in argv if not argument.startswith("config=")])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"command line: {_first_line(error)}") from None
+    return _to_object(_merge(cls, config, given, "command line"))
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
+    """An instance of dataclass `cls` from nested dictionaries; `origin` says in errors where they come from."""
+    return _to_object(_merge(cls, OmegaConf.structured(cls), OmegaConf.create(dict(values)), origin))
+
+
+def to_dict(args: object) -> dict[str, Any]:
+    """Plain, JSON-ready values of a dataclass instance."""
+    return OmegaConf.to_container(OmegaConf.structured(args), resolve=True)
+
+
+def to_yaml(args: object) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(args), resolve=True)
+
+
+def read_yaml(file: str) -> DictConfig:
+    """Raises ValueError where the file is missing or no YAML mapping, with the line."""
+    if not Path(file).is_file():
+        raise ValueError(f"config: no file '{file}' (from {os.getcwd()})")
+    try:
+        loaded = OmegaConf.load(file)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else file
+        raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or _first_line(error)})") from None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from None
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{file}: wanted a mapping of keys to values")
+    return loaded
+
+
+def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig:
+    _check(cls, OmegaConf.to_container(given, resolve=False), "", origin)
+    try:
+        return OmegaConf.merge(config, given)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, origin)) from None
+
+
+def _to_object(config: DictConfig) -> Any:
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"{missing[0]}: not set, and it has no default")
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, None)) from None
+
+
+def _explain(error: OmegaConfBaseException, origin: str | None) -> str:
+    where = f" (from {origin})" if origin else ""
+    message = _first_line(error)
+    match = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
+    if match:
+        kind = {"Integer": "a whole number", "Float": "a number"}.get(match[2], match[2])
+        message = f"'{match[1]}' is not {kind}"
+    match = re.match(r"Value '(.*)' is not a valid bool", message)
+    if match:
+        message = f"'{match[1]}' is neither true nor false"
+    message = re.sub(
+        r"^Incompatible value 'None' for field of type '(\w+)'", r"null, but a value of type \1 is wanted", message
+    )
+    return f"{error.full_key}: {message}{where}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check(kind: Any, value: Any, key: str, origin: str) -> None:
+    """What OmegaConf lets pass or explains badly: unknown keys, values where a section belongs, numbers as booleans."""
+    where = f" (from {origin})"
+    optional = type(None) in typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType) and optional:
+        if value is None:
+            return
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}: '{value}' where a section of keys and values is wanted{where}")
+        hints = typing.get_type_hints(kind)
+        for name, inner in value.items():
+            full = f"{key}.{name}" if key else str(name)
+            if name not in hints:
+                close = difflib.get_close_matches(str(name), hints, n=1)
+                hint = f"did you mean {key + '.' if key else ''}{close[0]}?" if close else f"known: {', '.join(hints)}"
+                raise ValueError(f"{full}: unknown key; {hint}{where}")
+            _check(hints[name], inner, full, origin)
+    elif typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}: '{value}' where a mapping of names to values is wanted{where}")
+        for name, inner in value.items():
+            _check(typing.get_args(kind)[1], inner, f"{key}.{name}", origin)
+    elif typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{key}: '{value}' where a list is wanted{where}")
+    elif kind is bool and isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"{key}: '{value}' is neither true nor false{where}")
+    elif kind in (int, float, str, bool) and isinstance(value, dict | list):
+        raise ValueError(f"{key}: '{value}' where a single value is wanted{where}")

@@ -1,0 +1,441 @@
+"""Save, load, retain, consolidate. A checkpoint folder is whole or it is not there.
+
+    checkpoints/0000001000/            the training step
+        .metadata  __*_*.distcp        model and optimizer, in PyTorch's distributed format
+        params.json                    the config
+        train_state_00000.json         step and the loader's place, one file a data-parallel rank
+        consolidated/consolidated.pth  the model alone in one file, made by `consolidate_checkpoints`
+
+It is written beside its place, flushed to the disk, and renamed into it. No file of it is read by unrestricted pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from lingua.distributed import raise_everywhere
+
+logger = logging.getLogger(__name__)
+
+CONSOLIDATED_FOLDER = "consolidated"
+CONSOLIDATED_FILE = "consolidated.pth"
+CONFIG_FILE = "params.json"
+
+_WHOLE = re.compile(r"\d{10}")
+_BEING_WRITTEN = re.compile(r"\.\d{10}\.(tmp|old)")
+
+
+@dataclass
+class SaveEvery:
+    """`every`: steps between checkpoints, 0 or less for never; `keep`: how many of them stay, 0 or less for all."""
+
+    every: int = 1000
+    keep: int = 0
+
+    def is_due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+
+@dataclass
+class CheckpointArgs:
+    """Config section `checkpoint`. `path`: dump_dir/checkpoints where null."""
+
+    dump: SaveEvery = field(default_factory=SaveEvery)
+    eval: SaveEvery = field(default_factory=SaveEvery)
+    path: str | None = None
+    init_ckpt_path: str | None = None
+    continue_training_from_init: bool = False
+
+
+class CheckpointManager:
+    """The checkpoints of one run. Its methods are called by all ranks together."""
+
+    def __init__(self, args: CheckpointArgs, path: Path, rank: int = 0, world_size: int = 1):
+        self.args = args
+        self.path = path
+        self.rank, self.world_size = rank, world_size
+
+    def is_due(self, step: int) -> bool:
+        return self.args.dump.is_due(step) or self.args.eval.is_due(step)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint. One that is not whole is passed over with a warning."""
+        for folder in reversed(list_checkpoints(self.path)):
+            problem = find_damage(folder)
+            if problem is None:
+                return folder
+            logger.warning("passing over the checkpoint %s: %s", folder, problem)
+        return None
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any], config: dict[str, Any]
+    ) -> Path:
+        """Writes the checkpoint of `step`, then removes those that retention gives up.
+
+        Raises OSError (on all ranks) where it cannot be written; nothing half-written stays then.
+        """
+        final, beside = self.path / f"{step:010d}", self.path / f".{step:010d}.tmp"
+        try:
+            self._on_first_rank(lambda: self._make_room(beside))
+            self._everywhere(lambda: self._write(beside, model, optimizer, train_state, config))
+            self._on_first_rank(lambda: self._put_in_place(beside, final))
+        except (OSError, ValueError) as error:
+            if self.rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
+        if self.rank == 0:
+            self._retain(newest=step)
+        return final
+
+    def clean_up(self) -> None:
+        """Removes what a killed run left half-written."""
+        if self.rank == 0 and self.path.is_dir():
+            for entry in self.path.iterdir():
+                if _BEING_WRITTEN.fullmatch(entry.name):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def _make_room(self, beside: Path) -> None:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+
+    def _write(
+        self, folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any], config: dict[str, Any]
+    ) -> None:
+        state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        try:
+            with _without_warnings():
+                dcp.save(state, storage_writer=FileSystemWriter(folder), no_dist=not dist.is_initialized())
+        except Exception as error:
+            raise OSError(_root_cause(error)) from None
+        _write_json(folder / f"train_state_{self.rank:05d}.json", train_state)
+        if self.rank == 0:
+            _write_json(folder / CONFIG_FILE, config)
+
+    def _put_in_place(self, beside: Path, final: Path) -> None:
+        _flush_folder(beside)
+        # A folder of this step that is there already was passed over as damaged, or is of the init checkpoint's run.
+        replaced = self.path / f".{final.name}.old"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        beside.rename(final)
+        _flush_folder(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _retain(self, newest: int) -> None:
+        """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds."""
+        steps = [int(folder.name) for folder in list_checkpoints(self.path) if int(folder.name) <= newest]
+        evals = [step for step in steps if self.args.eval.is_due(step)]
+        dumps = [step for step in steps if self.args.dump.is_due(step) or step not in evals]
+        kept = {newest}
+        for kind, keep in ((dumps, self.args.dump.keep), (evals, self.args.eval.keep)):
+            kept.update(kind if keep <= 0 else kind[-keep:])
+        for step in set(steps) - kept:
+            # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
+            doomed = self.path / f".{step:010d}.old"
+            (self.path / f"{step:010d}").rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _everywhere(self, action: Callable[[], None]) -> None:
+        error = None
+        try:
+            action()
+        except (OSError, ValueError) as caught:
+            error = caught
+        raise_everywhere(error)
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        self._everywhere(action if self.rank == 0 else lambda: None)
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    """The checkpoint folders in `path`, oldest first."""
+    if not path.is_dir():
+        return []
+    return sorted(entry for entry in path.iterdir() if _WHOLE.fullmatch(entry.name) and entry.is_dir())
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a distributed checkpoint's files, going by their names and sizes; None for a whole one."""
+    if not (folder / ".metadata").is_file():
+        return "it has no .metadata"
+    try:
+        storage = read_metadata(folder).storage_data
+    except ValueError as error:
+        return str(error)
+    sizes: dict[str, int] = {}
+    for stored in storage.values():
+        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"the file {name} is missing"
+        if file.stat().st_size < size:
+            return f"the file {name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Takes model and optimizer state from a distributed checkpoint, in place.
+
+    The options of the optimizer's groups (learning rates, weight decay, ...) stay those of the config.
+    Raises ValueError for a damaged checkpoint or one of another shape, naming key and shapes.
+    """
+    _refuse_damaged(folder)
+    model_state = get_model_state_dict(model)
+    optimizer_state = get_optimizer_state_dict(model, optimizer)
+    _read_distributed(folder, {"model": model_state, "optim": {"state": optimizer_state["state"]}})
+    set_model_state_dict(model, model_state)
+    set_optimizer_state_dict(model, optimizer, optimizer_state)
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Takes the weights alone from a distributed checkpoint, or a consolidated one (file, folder, or the folder above).
+
+    Raises ValueError as `load_training`, and where there is no checkpoint.
+    """
+    file = find_consolidated(path)
+    if file is not None:
+        try:
+            model.load_state_dict(read_consolidated(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file}: {_first_mismatch(error)}") from None
+    elif (path / ".metadata").is_file():
+        _refuse_damaged(path)
+        state = get_model_state_dict(model)
+        _read_distributed(path, {"model": state})
+        set_model_state_dict(model, state)
+    else:
+        raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
+
+
+def read_train_state(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """One data-parallel rank's step and place in the data. Raises ValueError where it was written by other ranks."""
+    written = len(list(folder.glob("train_state_*.json")))
+    if written != world_size:
+        raise ValueError(
+            f"{folder}: written by {written} data-parallel ranks, and this run has {world_size}, which is not "
+            f"supported yet; start it with {written}, or a new run from the weights with checkpoint.init_ckpt_path"
+        )
+    return read_json(folder / f"train_state_{rank:05d}.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+
+
+def find_consolidated(path: Path) -> Path | None:
+    """The consolidated file at `path` (the file, its folder, or the checkpoint folder above it), if there is one."""
+    for candidate in (path, path / CONSOLIDATED_FILE, path / CONSOLIDATED_FOLDER / CONSOLIDATED_FILE):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def read_consolidated(file: Path) -> dict[str, torch.Tensor]:
+    """The model's state dict. Raises ValueError for what is no such file; runs no code from it."""
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: not a consolidated checkpoint ({_first_line(error)})") from None
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'{file}: not a consolidated checkpoint; wanted {{"model": names to tensors}}')
+    return dict(state)
+
+
+def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
+    """Gathers the model of a distributed checkpoint into `ckpt_dir/consolidated`, once; returns that folder.
+
+    Raises ValueError for what is no whole distributed checkpoint.
+    """
+    source, folder = Path(ckpt_dir), Path(ckpt_dir) / CONSOLIDATED_FOLDER
+    if (folder / CONSOLIDATED_FILE).is_file():
+        return folder
+    _refuse_damaged(source)
+    stored = _stored_tensors(read_metadata(source))
+    state = {
+        key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if key.startswith("model.")
+    }
+    _read_distributed(source, {"model": state})
+    beside = source / f".{CONSOLIDATED_FOLDER}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        torch.save({"model": state}, beside / CONSOLIDATED_FILE)
+        shutil.copyfile(source / CONFIG_FILE, beside / CONFIG_FILE)
+        _flush_folder(beside)
+        beside.rename(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {_first_line(error)}") from None
+    return folder
+
+
+def _refuse_damaged(folder: Path) -> None:
+    problem = find_damage(folder)
+    if problem is not None:
+        raise ValueError(f"{folder}: not a whole distributed checkpoint; {problem}")
+
+
+def _read_distributed(folder: Path, state: dict[str, Any]) -> None:
+    """Fills the tensors of `state` from the folder."""
+    # Keys of the checkpoint that nobody asks for are left unread: a published one repeats shared tables.
+    found, wanted = _stored_tensors(read_metadata(folder)), _flatten(state)
+    for key, tensor in wanted.items():
+        if key in found and tensor.shape != found[key].size:
+            raise ValueError(
+                f"{folder}: {key} has shape {list(found[key].size)}, this model's has {list(tensor.shape)}"
+            )
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"{folder}: the checkpoint lacks {some}; is it of a model with other `model` settings?")
+    with _without_warnings():
+        dcp.load(state, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
+
+
+def _stored_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    entries = metadata.state_dict_metadata.items()
+    return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    flat = {}
+    for key, value in state.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# --- reading without running code ------------------------------------------------------------------------------------
+
+# All that the .metadata of a distributed checkpoint is made of.
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The table of contents of a distributed checkpoint. Raises ValueError for anything else, without running it."""
+    file = folder / ".metadata"
+    try:
+        with open(file, "rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(f"{file} is damaged ({_first_line(error)})") from None
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{file} is damaged (it holds a {type(metadata).__name__})")
+    return metadata
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise ValueError(f"{read_item.storage_index.fqn}: holds a pickle where a tensor belongs")
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    with open(file, "w", encoding="utf-8") as stream:
+        json.dump(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_warnings() -> warnings.catch_warnings:
+    """For calls that warn of saving and loading without a process group, which is meant."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
+
+
+def _first_mismatch(error: RuntimeError) -> str:
+    """The first line that tells a key out of what `load_state_dict` raises."""
+    details = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return (details[0] if len(details[0]) <= 400 else details[0][:400] + " ...") + more
+
+
+def _root_cause(error: BaseException) -> str:
+    """The message of what went wrong, out of the exception that tells of all ranks."""
+    for cause in getattr(error, "failures", {}).values():
+        return _first_line(cause[0] if isinstance(cause, tuple) else cause)
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,528 @@
+"""Text to batches: JSONL lines -> documents -> tokens -> packed rows -> shuffled batches.
+
+Every stage is an iterator whose place can be written down as plain JSON and taken up again exactly:
+
+    SourceReader   one rank's share of the lines of one folder, pass after pass
+    Mixture        draws a source by weight for each document
+    RowPacker      tokenizes, concatenates, cuts into rows
+    BatchShuffler  a buffer of rows, shuffled, read in batches, refilled as it is read
+
+With `load_async` the whole chain runs in a program of its own (`serve_batches`), which imports neither torch nor the
+training code: it starts in a fraction of a second and cannot hold up the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
+
+State = dict[str, Any]
+
+TRAIN_FILES = "*.chunk.*.jsonl"
+VALIDATION_FILES = "*.val.jsonl"
+
+# Batches that wait in the training process. The shuffle buffer lies behind them in the worker, so a few are enough
+# to bridge a slow document.
+QUEUED_BATCHES = 4
+
+# So many documents in a row without a single token mean that there is nothing to train on.
+MAX_EMPTY_DOCUMENTS = 100_000
+
+
+@dataclass
+class DataArgs:
+    """What to read and how to cut it (config section `data`)."""
+
+    root_dir: str | None = None
+    sources: dict[str, float] = field(default_factory=dict)
+    batch_size: int = 2
+    seq_len: int = 2048
+    n_views: int = 2
+    seed: int = 42
+    add_bos: bool = True
+    add_eos: bool = True
+    load_async: bool = True
+    prefetch_size: int = 64
+    tokenizer: TokenizerArgs = field(default_factory=TokenizerArgs)
+
+
+def validate_data_args(args: DataArgs) -> None:
+    """Raises ValueError, one line that names the key, for what would fail later. Reads folder listings only."""
+    for key in ("batch_size", "seq_len", "n_views", "prefetch_size"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"data.{key}: {getattr(args, key)} is too small, it must be 1 or more")
+    if args.seed < 0:
+        raise ValueError(f"data.seed: {args.seed} is negative, it must be 0 or more")
+    if not args.sources:
+        raise ValueError(
+            "data.sources: empty; name at least one folder of data.root_dir and its weight, as in {wiki: 1.0}"
+        )
+    for source, weight in args.sources.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"data.sources.{source}: weight {weight} must be a number of 0 or more")
+    if sum(args.sources.values()) <= 0:
+        raise ValueError("data.sources: all weights are 0; give at least one source a weight above 0")
+    if args.root_dir is None:
+        raise ValueError("data.root_dir: not set; name the folder that holds the sources")
+    if not Path(args.root_dir).is_dir():
+        raise ValueError(f"data.root_dir: no folder '{args.root_dir}' (from {os.getcwd()})")
+    for source in args.sources:
+        find_files(args.root_dir, source, TRAIN_FILES)
+
+
+def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
+    """The files of one source, sorted by name. Raises ValueError where the folder or the files are missing."""
+    folder = Path(root_dir) / source
+    if not folder.is_dir():
+        raise ValueError(f"data.sources.{source}: no folder '{folder}'")
+    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    if not files:
+        raise ValueError(f"data.sources.{source}: no files named {pattern} in '{folder}'")
+    return files
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """Lines of one file for one rank: line i belongs to it where `first <= i % modulus < last`."""
+
+    path: Path
+    first: int
+    last: int
+    modulus: int
+
+
+def share_files(files: list[Path], rank: int, world_size: int) -> list[Share]:
+    """Splits c files over W ranks so that every line has exactly one reader and all ranks read alike much.
+
+    Lay the files end to end on a ruler of c * W units, W for each; rank w reads from w * c to (w + 1) * c. Where c
+    divides W this is the published rule (file j for W/c consecutive ranks, lines r, r + W/c, ...), where W divides c
+    every rank reads whole files, and otherwise some files are split.
+    """
+    common = math.gcd(len(files), world_size)
+    modulus, per_rank = world_size // common, len(files) // common
+    begin, end = rank * per_rank, (rank + 1) * per_rank
+    shares = []
+    for number in range(begin // modulus, (end - 1) // modulus + 1):
+        start = number * modulus
+        shares.append(Share(files[number], max(begin - start, 0), min(end - start, modulus), modulus))
+    return shares
+
+
+def parse_document(line: bytes, path: Path, number: int) -> str:
+    """The text of one JSONL line (`number` counts from 1). Raises ValueError that names file and line."""
+    where = f"{path}:{number}"
+    try:
+        document = json.loads(line)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{where}: not a line of JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise ValueError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
+    for key in ("text", "content"):
+        if key in document:
+            if not isinstance(document[key], str):
+                raise ValueError(f'{where}: "{key}" is of type {type(document[key]).__name__}; wanted a string')
+            return document[key]
+    raise ValueError(f'{where}: neither "text" nor "content" among its keys {sorted(document)}')
+
+
+class SourceReader:
+    """Endless texts of one source for one rank. A pass goes through its shares in the order of the files."""
+
+    def __init__(self, name: str, shares: list[Share]):
+        self.name = name
+        self.shares = shares
+        # The next line to read: share, line number (from 0), byte offset, and the pass; `found` tells whether this
+        # pass has given a document yet.
+        self.share, self.line, self.offset, self.n_pass, self.found = 0, 0, 0, 0, False
+        self._file: BinaryIO | None = None
+
+    def state(self) -> tuple[int, int, int, int, bool]:
+        return self.share, self.line, self.offset, self.n_pass, self.found
+
+    def restore(self, state: tuple[int, int, int, int, bool]) -> None:
+        self.close()
+        self.share, self.line, self.offset, self.n_pass, self.found = state
+        path = self.shares[self.share].path
+        if path.stat().st_size < self.offset:
+            raise ValueError(
+                f"{path}: {path.stat().st_size} bytes, but the checkpoint had read {self.offset}; it was cut"
+            )
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def next_document(self) -> str:
+        while True:
+            path, first, last, modulus = self.shares[self.share]
+            if self._file is None:
+                self._file = open(path, "rb")
+                self._file.seek(self.offset)
+            line = self._file.readline()
+            if not line:
+                self._next_share()
+                continue
+            number = self.line
+            self.line += 1
+            self.offset += len(line)
+            if first <= number % modulus < last and not line.isspace():
+                self.found = True
+                return parse_document(line, path, number + 1)
+
+    def _next_share(self) -> None:
+        self.close()
+        self.line = self.offset = 0
+        self.share += 1
+        if self.share == len(self.shares):
+            if not self.found:
+                names = ", ".join(str(share.path) for share in self.shares)
+                raise ValueError(
+                    f"data.sources.{self.name}: no documents for this rank in {names}; use fewer ranks or more text"
+                )
+            self.share, self.found = 0, False
+            self.n_pass += 1
+
+
+class Mixture:
+    """Draws the source of each document by weight, independently."""
+
+    def __init__(self, readers: list[SourceReader], weights: list[float], seed: tuple[int, int, int]):
+        self.readers = readers
+        self.rng = np.random.default_rng(seed)
+        # What `rng.choice(len(readers), p=weights)` does at each call, worked out once: 10 times faster.
+        cumulative = (np.array(weights, dtype=np.float64) / np.sum(weights)).cumsum()
+        self._cumulative = (cumulative / cumulative[-1]).tolist()
+
+    def state(self) -> State:
+        return {"rng": self.rng.bit_generator.state, "sources": [reader.state() for reader in self.readers]}
+
+    def restore(self, state: State) -> None:
+        self.rng.bit_generator.state = state["rng"]
+        for reader, source in zip(self.readers, state["sources"], strict=True):
+            reader.restore(tuple(source))
+
+    def next_document(self) -> str:
+        return self.readers[bisect_right(self._cumulative, self.rng.random())].next_document()
+
+
+# --- rows and batches --------------------------------------------------------------------------------------------
+
+
+class RowPacker:
+    """Concatenates tokenized documents, cuts rows of `seq_len + n_views - 1` tokens, `n_views - 1` of them shared."""
+
+    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, args: DataArgs):
+        self.mixture = mixture
+        self.tokenizer = tokenizer
+        self.add_bos, self.add_eos = args.add_bos, args.add_eos
+        self.step = args.seq_len
+        self.row_len = args.seq_len + args.n_views - 1
+        # Documents not yet used up, each with the mixture's state before it was read: that state and the number of
+        # tokens used of the first one are the place to resume from.
+        self._pending: deque[tuple[State, np.ndarray]] = deque()
+        self._n_pending = 0
+        self._used = 0
+
+    def state(self) -> State:
+        return {"documents": self._pending[0][0] if self._pending else self.mixture.state(), "tokens_used": self._used}
+
+    def restore(self, state: State) -> None:
+        self.mixture.restore(state["documents"])
+        self._pending.clear()
+        self._n_pending = self._used = 0
+        if state["tokens_used"]:
+            self._read_document()
+            if self._n_pending <= state["tokens_used"]:
+                raise ValueError(
+                    "data: the document at the checkpoint's place is shorter than it was; the data changed"
+                )
+            self._used = state["tokens_used"]
+            self._n_pending -= self._used
+
+    def fill(self, rows: np.ndarray) -> None:
+        """Writes the next rows into `rows`, of shape (n, row_len)."""
+        for row in rows:
+            self._fill_row(row)
+
+    def _read_document(self) -> None:
+        for _ in range(MAX_EMPTY_DOCUMENTS):
+            state = self.mixture.state()
+            tokens = self.tokenizer.encode(self.mixture.next_document(), self.add_bos, self.add_eos)
+            if len(tokens):
+                self._pending.append((state, np.asarray(tokens, dtype=np.int32)))
+                self._n_pending += len(tokens)
+                return
+        raise ValueError(
+            f"data.sources: {MAX_EMPTY_DOCUMENTS} documents in a row are empty; there is nothing to train on"
+        )
+
+    def _fill_row(self, row: np.ndarray) -> None:
+        while self._n_pending < self.row_len:
+            self._read_document()
+        filled, used = 0, self._used
+        for _, tokens in self._pending:
+            part = tokens[used : used + self.row_len - filled]
+            row[filled : filled + len(part)] = part
+            filled, used = filled + len(part), 0
+            if filled == self.row_len:
+                break
+        self._used += self.step
+        self._n_pending -= self.step
+        while self._pending and self._used >= len(self._pending[0][1]):
+            self._used -= len(self._pending.popleft()[1])
+
+
+class BatchShuffler:
+    """Batches from a shuffled buffer of `prefetch_size * batch_size` rows. Endless."""
+
+    def __init__(self, packer: RowPacker, args: DataArgs, seed: tuple[int, int, int]):
+        self.packer = packer
+        self.rng = np.random.default_rng(seed)
+        self.batch_size, self.seq_len, self.n_views = args.batch_size, args.seq_len, args.n_views
+        self.n_batches = args.prefetch_size
+        self._buffer = np.empty((self.n_batches * self.batch_size, packer.row_len), dtype=np.int32)
+        # The next batch of the pass, and what it takes to make this pass's buffer again: the packer's state before
+        # its rows were read, the generator's before they were shuffled.
+        self._batch = self.n_batches
+        self._pass_start: State = {}
+        self._next_rows: State | None = None
+
+    def state(self) -> State:
+        return {**self._pass_start, "batch": self._batch}
+
+    def restore(self, state: State) -> None:
+        self.packer.restore(state["rows"])
+        self.rng.bit_generator.state = state["rng"]
+        self._next_rows = None
+        self._begin_pass()
+        while self._batch < state["batch"]:
+            self._refill()
+
+    def next_batch(self) -> np.ndarray:
+        """The next (batch_size, seq_len, n_views) of int64; `state()` afterwards is the place behind it."""
+        if self._batch == self.n_batches:
+            self._begin_pass()
+        rows = self._buffer[self._batch * self.batch_size :][: self.batch_size]
+        batch = np.stack([rows[:, view : view + self.seq_len] for view in range(self.n_views)], axis=-1, dtype=np.int64)
+        self._refill()
+        return batch
+
+    def _begin_pass(self) -> None:
+        rows_state = self._next_rows
+        if rows_state is None:
+            rows_state = self.packer.state()
+            self.packer.fill(self._buffer)
+        self._pass_start = {"rows": rows_state, "rng": self.rng.bit_generator.state}
+        self._next_rows = self.packer.state()
+        self.rng.shuffle(self._buffer, axis=0)
+        self._batch = 0
+
+    def _refill(self) -> None:
+        self.packer.fill(self._buffer[self._batch * self.batch_size :][: self.batch_size])
+        self._batch += 1
+
+
+# --- the loader --------------------------------------------------------------------------------------------------
+
+# What the reading order depends on. A state fits only the arguments that it was made with.
+_GEOMETRY = ("seed", "batch_size", "seq_len", "n_views", "prefetch_size", "add_bos", "add_eos")
+
+
+def _describe(args: DataArgs, rank: int, world_size: int) -> State:
+    files = {name: [path.name for path in find_files(args.root_dir, name, TRAIN_FILES)] for name in args.sources}
+    description = {f"data.{key}": getattr(args, key) for key in _GEOMETRY}
+    description |= {
+        "data.sources": [list(item) for item in args.sources.items()],
+        "data.tokenizer.name": args.tokenizer.name,
+    }
+    return description | {"files": files, "rank": rank, "world_size": world_size}
+
+
+def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> State:
+    """The state, plain JSON, of a loader that has read nothing, for one data-parallel rank.
+
+    Raises ValueError for bad arguments, naming the key (see `validate_data_args`).
+    """
+    validate_data_args(args)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"data: rank {rank} is none of the {world_size} data-parallel ranks")
+    return {"made_with": _describe(args, rank, world_size), "place": None}
+
+
+def check_state_fits(args: DataArgs, state: State) -> None:
+    """Raises ValueError, naming the first difference, if `state` was made with other data or arguments."""
+    made_with = state["made_with"]
+    for key, now in _describe(args, made_with["rank"], made_with["world_size"]).items():
+        if made_with[key] != now:
+            raise ValueError(
+                f"{key}: {now} now, but {made_with[key]} when the checkpoint was written, so its place in the data is "
+                "lost; set it back, or start a new run from the weights with checkpoint.init_ckpt_path"
+            )
+
+
+def _build_shuffler(args: DataArgs, state: State) -> BatchShuffler:
+    check_state_fits(args, state)
+    rank, world_size = state["made_with"]["rank"], state["made_with"]["world_size"]
+    readers = [
+        SourceReader(name, share_files(find_files(args.root_dir, name, TRAIN_FILES), rank, world_size))
+        for name in args.sources
+    ]
+    mixture = Mixture(readers, list(args.sources.values()), (args.seed, rank, world_size))
+    tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
+    shuffler = BatchShuffler(RowPacker(mixture, tokenizer, args), args, (args.seed + 1, rank, world_size))
+    if state["place"] is not None:
+        shuffler.restore(state["place"])
+    return shuffler
+
+
+def _iterate(args: DataArgs, state: State) -> Iterator[tuple[np.ndarray, State]]:
+    shuffler = _build_shuffler(args, state)
+    while True:
+        batch = shuffler.next_batch()
+        yield batch, {"made_with": state["made_with"], "place": shuffler.state()}
+
+
+@contextlib.contextmanager
+def build_dataloader_from_args(args: DataArgs, state: State) -> Iterator[Iterator[tuple[np.ndarray, State]]]:
+    """An endless iterator of `(batch, state)`; `state` resumes behind that batch.
+
+    A batch is int64 of shape (batch_size, seq_len, n_views); view 0 is the input, view 1 the target. Errors of the
+    data (ValueError with file and line, OSError) come out of `next()`, from the worker process too.
+    """
+    if args.load_async:
+        worker = _Worker(args, state)
+        try:
+            yield iter(worker)
+        finally:
+            worker.close()
+    else:
+        batches = _iterate(args, state)
+        try:
+            yield batches
+        finally:
+            batches.close()
+
+
+# --- the worker process ------------------------------------------------------------------------------------------
+#
+# Frames on the pipe: length of the header, header (JSON), raw bytes of the batch where the header tells a shape.
+
+
+class _Worker:
+    """Runs `serve_batches` in a process of its own and hands its batches on; ends with the process that made it."""
+
+    def __init__(self, args: DataArgs, state: State):
+        package_root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from lingua.data import serve_batches; serve_batches()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `_next` tells how
+            self._process.stdin.write(json.dumps({"args": asdict(args), "state": state}).encode())
+            self._process.stdin.close()
+        self._made_with = state["made_with"]
+        self._queue: queue.Queue[tuple[np.ndarray, State] | BaseException] = queue.Queue(maxsize=QUEUED_BATCHES)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._receive, name="data-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, State]]:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        # Nothing of worth lies in the worker: whoever trains holds the state of the last batch that it used.
+        self._closing.set()
+        self._process.kill()
+        self._process.wait()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._queue.get(timeout=0.01)
+        self._process.stdout.close()
+
+    def _receive(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._queue.put(self._receive_one(self._process.stdout))
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _receive_one(self, pipe: BinaryIO) -> tuple[np.ndarray, State]:
+        header = self._read(pipe, struct.unpack("<Q", self._read(pipe, 8))[0])
+        header = json.loads(header)
+        if "error" in header:
+            kind = {"ValueError": ValueError, "OSError": OSError}.get(header["error"], RuntimeError)
+            raise kind(header["message"])
+        shape = header["shape"]
+        batch = np.frombuffer(self._read(pipe, 8 * math.prod(shape)), dtype=np.int64).reshape(shape)
+        return batch, {"made_with": self._made_with, "place": header["place"]}
+
+    def _read(self, pipe: BinaryIO, size: int) -> bytearray:
+        data = bytearray(size)  # mutable, so that torch takes the array without a copy and a warning
+        view = memoryview(data)
+        while view:
+            n = pipe.readinto(view)
+            if not n:
+                code = self._process.wait()
+                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                raise RuntimeError(f"data: the loader's process ended ({how}); out of memory, or see its message above")
+            view = view[n:]
+        return data
+
+
+def serve_batches() -> None:
+    """The worker's main program: arguments and state as JSON on stdin, batches on stdout until the pipe closes."""
+    # Signals to the job are the trainer's to answer; this process goes when its pipe does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # A library that prints would break the frames, so the pipe moves and stdout becomes stderr.
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def send(header: State, payload: bytes | memoryview = b"") -> None:
+        encoded = json.dumps(header).encode()
+        pipe.write(struct.pack("<Q", len(encoded)) + encoded)
+        pipe.write(payload)
+        pipe.flush()
+
+    try:
+        request = json.loads(sys.stdin.buffer.read())
+        fields = request["args"]
+        args = DataArgs(**{**fields, "tokenizer": TokenizerArgs(**fields["tokenizer"])})
+        for batch, state in _iterate(args, request["state"]):
+            send({"shape": batch.shape, "place": state["place"]}, memoryview(batch).cast("B"))
+    except BrokenPipeError:
+        os._exit(0)  # the trainer is gone; closing the pipe in the ordinary way would only fail again
+    except (ValueError, OSError) as error:
+        kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+        send({"error": kind, "message": str(error)})
+    except Exception:
+        send({"error": "RuntimeError", "message": f"data: the loader failed\n{traceback.format_exc()}"})

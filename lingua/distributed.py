@@ -1,0 +1,244 @@
+"""Where am I: rank, device, process group; the few reductions that training needs; the launch environment."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lingua.args import looks_secret
+
+logger = logging.getLogger(__name__)
+
+# After so long without an answer from another rank, a collective fails and names itself.
+TIMEOUT = timedelta(minutes=30)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass
+class DistributedArgs:
+    """How the model is laid out over ranks (config section `distributed`)."""
+
+    dp_shard: int = 1
+    dp_replicate: int = 1
+    tp_size: int = 1
+    memory_parallel_size: int = 1
+    selective_activation_checkpointing: bool = False
+    checkpoint_each_layer: bool = False
+    compile: bool = False
+    fsdp_type: str = "no_shard"
+    model_dtype: str = "bf16"
+    float8_recipe: str | None = None
+    float8_filter: str = r"layers\.[0-9]+\."
+    matmul_allow_tf32: bool = False
+    detect_anomaly: bool = False
+    compile_cache_size_limit: int = 8
+    # Read, so that published configs load: the data loader's worker is a program of its own, whatever this says.
+    spawn_method: str = "forkserver"
+
+
+def default_environment() -> dict[str, str]:
+    """Variables set before training starts (config section `env`, which may name any others)."""
+    return {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "MKL_SERVICE_FORCE_INTEL": "GNU",
+        "ENABLE_INTRA_NODE_COMM": "1",
+        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+        "NCCL_IB_TIMEOUT": "22",
+        "NCCL_DEBUG": "INFO",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+
+
+@dataclass
+class World:
+    """This process among the others. `device`: where its model lives."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def find_world() -> World:
+    """Rank and size from torchrun's variables (one process without them), the device from what the machine has.
+
+    Raises ValueError under `srun` without torchrun, where every process would take itself for the only one, and where
+    there are more local ranks than CUDA devices.
+    """
+    if "LOCAL_RANK" in os.environ:
+        world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise ValueError("srun with several tasks is not supported yet; start torchrun in each node's task instead")
+    else:
+        world = World()
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {world.local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "lower torchrun's --nproc-per-node"
+            )
+        world.device = torch.device("cuda", world.local_rank)
+    return world
+
+
+def validate_distributed_args(args: DistributedArgs, world: World) -> None:
+    """Checks the sizes against the world, working out `dp_replicate` where they do not multiply to it.
+
+    Raises ValueError, one line that names the key.
+    """
+    for name in ("dp_shard", "dp_replicate", "tp_size", "memory_parallel_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"distributed.{name}: {getattr(args, name)} is too small, it must be 1 or more")
+    if args.model_dtype not in DTYPES:
+        raise ValueError(f"distributed.model_dtype: '{args.model_dtype}' is none of {', '.join(DTYPES)}")
+    if args.fsdp_type not in ("no_shard", "full_shard"):
+        raise ValueError(f"distributed.fsdp_type: '{args.fsdp_type}' is neither no_shard nor full_shard")
+    if args.float8_recipe not in (None, "rowwise"):
+        raise ValueError(f"distributed.float8_recipe: '{args.float8_recipe}' is neither null nor rowwise")
+    for name in ("tp_size", "dp_shard", "memory_parallel_size"):
+        if world.size % getattr(args, name):
+            raise ValueError(
+                f"distributed.{name}: {getattr(args, name)} does not divide the {world.size} ranks of this run; "
+                "lower it, or start more ranks with torchrun"
+            )
+    if args.model_dtype == "fp16" and world.device.type == "cuda":
+        logger.warning(
+            "distributed.model_dtype: fp16 gradients can underflow, since losses are not scaled; prefer bf16"
+        )
+    if world.size % (args.dp_shard * args.tp_size):
+        raise ValueError(
+            f"distributed.dp_shard: dp_shard={args.dp_shard} times tp_size={args.tp_size} does not divide the "
+            f"{world.size} ranks of this run"
+        )
+    args.dp_replicate = world.size // (args.dp_shard * args.tp_size)
+    _refuse_what_is_to_come(args, world)
+
+
+def _refuse_what_is_to_come(args: DistributedArgs, world: World) -> None:
+    """The parallel layouts of the published configs beyond plain data parallelism are not built yet: say so early."""
+    wanted = {
+        "dp_shard": args.dp_shard > 1,
+        "tp_size": args.tp_size > 1,
+        "memory_parallel_size": args.memory_parallel_size > 1,
+        "selective_activation_checkpointing": args.selective_activation_checkpointing,
+        "checkpoint_each_layer": args.checkpoint_each_layer,
+        "compile": args.compile,
+        "fsdp_type": args.fsdp_type == "full_shard" and world.size > 1,
+        "float8_recipe": args.float8_recipe is not None,
+    }
+    plain = DistributedArgs()
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise ValueError(
+                f"distributed.{name}: {getattr(args, name)} is not available yet; "
+                f"set it to {getattr(plain, name) if getattr(plain, name) is not None else 'null'}".replace(
+                    "False", "false"
+                )
+            )
+
+
+@contextlib.contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """Joins the other ranks: nccl for tensors on GPUs, gloo for those on CPUs. Nothing to do for one process."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        yield
+        return
+    dist.init_process_group(backend="cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield
+    # Only on the way out without an error: others may still wait in a collective, and would make this one wait too.
+    dist.destroy_process_group()
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    """Sets the variables of config section `env`, telling of each that was something else before."""
+    for name, value in variables.items():
+        before = os.environ.get(name)
+        if before not in (None, value):
+            logger.info("env: %s=%s from the config replaces %s", name, value, "***" if looks_secret(name) else before)
+        os.environ[name] = value
+
+
+def validate_environment(variables: dict[str, str]) -> None:
+    """Raises ValueError for variables that would carry a secret into saved configs."""
+    for name in variables:
+        if looks_secret(name):
+            raise ValueError(
+                f"env.{name}: looks like a secret, and the config is saved in dump_dir; export it in the shell"
+            )
+
+
+# --- reductions ----------------------------------------------------------------------------------------------------
+
+
+def reduce_sum(values: list[float]) -> list[float]:
+    """Element-wise sums of plain numbers over all ranks, through the CPU: no GPU is waited for."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; all ranks get the same answer."""
+    return reduce_sum([float(flag)])[0] > 0
+
+
+def raise_everywhere(error: Exception | None) -> None:
+    """Raises a ValueError or OSError on all ranks if one of them brought one: nobody is left waiting for the others."""
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else " ".join(str(error).split()))
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise error if error is not None else ValueError(f"rank {rank}: {message}")
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a command's main function: an error of the user's making ends in one line on stderr and exit code 1.
+
+    LINGUA_TRACEBACK=1 in the environment shows where it came from.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("LINGUA_TRACEBACK"):
+            raise
+        # What is wrong before the ranks have met is wrong on all of them alike: the first one says it.
+        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+            sys.stdout.flush()
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1) if dist.is_initialized() else sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Remembers USR2 (SLURM's warning before the end of a job) and TERM, for the training loop to answer."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.name = signal.Signals(number).name

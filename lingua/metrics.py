@@ -1,0 +1,174 @@
+"""Numbers: metrics.jsonl and wandb, speed, memory, power."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoggingArgs:
+    """`freq`: steps between log lines; `acc_freq`: batches between those within a step; `wandb`: for wandb.init."""
+
+    freq: int = 10
+    acc_freq: int | None = None
+    wandb: dict[str, Any] | None = None
+
+
+def validate_logging_args(args: LoggingArgs) -> None:
+    """Raises ValueError, one line that names the key."""
+    if args.freq < 1:
+        raise ValueError(f"logging.freq: {args.freq} is too small, it must be 1 or more")
+    if args.acc_freq is not None and args.acc_freq < 1:
+        raise ValueError(f"logging.acc_freq: {args.acc_freq} is too small, it must be 1 or more, or null")
+    if args.wandb is not None:
+        import wandb
+
+        known = inspect.signature(wandb.init).parameters
+        for name in args.wandb:
+            if name not in known:
+                raise ValueError(f"logging.wandb.{name}: wandb.init has no such argument; it has {', '.join(known)}")
+
+
+class MetricsLogger:
+    """Appends one JSON object a line to `file`, and sends the same to wandb where it is configured."""
+
+    def __init__(self, file: Path, wandb_args: dict[str, Any] | None = None, config: dict[str, Any] | None = None):
+        self._file = open(file, "a", encoding="utf-8")
+        self._wandb = None
+        if wandb_args is not None:
+            import wandb
+
+            # wandb makes its own folder in this one; without the argument it would take the current one.
+            self._wandb = wandb.init(**{"dir": str(file.parent), **wandb_args}, config=config)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        stamped = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
+        self._file.write(json.dumps(stamped) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=metrics["global_step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def drop_metrics_after(file: Path, step: int) -> int:
+    """Takes lines past `step`, and one cut off by a kill, out of a metrics file, before those steps are run again.
+
+    Returns how many. The file is replaced whole.
+    """
+    if not file.exists():
+        return 0
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        beside = file.with_name(file.name + ".tmp")
+        beside.write_bytes(b"".join(kept))
+        os.replace(beside, file)
+    return len(lines) - len(kept)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return json.loads(line)["global_step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory since the last call: of the GPU, or on a CPU the resident memory of this process now. GiB and %."""
+    gib = 1024**3
+    if device.type != "cuda":
+        resident = psutil.Process().memory_info().rss
+        return {"memory/rss_gib": resident / gib, "memory/rss_pct": 100 * resident / psutil.virtual_memory().total}
+    total = torch.cuda.get_device_properties(device).total_memory
+    stats = torch.cuda.memory_stats(device)
+    active, reserved = stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"]
+    torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "memory/max_active_gib": active / gib,
+        "memory/max_active_pct": 100 * active / total,
+        "memory/max_reserved_gib": reserved / gib,
+        "memory/max_reserved_pct": 100 * reserved / total,
+        "memory/num_alloc_retries": stats["num_alloc_retries"],
+        "memory/num_ooms": stats["num_ooms"],
+    }
+
+
+def power_draw(device: torch.device) -> float | None:
+    """Watts that the GPU draws, or None where nothing tells."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.power_draw(device) / 1000
+    except (RuntimeError, ModuleNotFoundError):  # no driver library for it, or no permission
+        return None
+
+
+class Stopwatch:
+    """Time per step since the last `lap`, how much of it went by waiting for data, and how much is left."""
+
+    def __init__(self) -> None:
+        self._total_time = 0.0
+        self._total_steps = 0
+        self.restart_lap()
+
+    def restart_lap(self) -> None:
+        """Begins a lap now; what passed since the last one (a checkpoint, say) counts for no step."""
+        self._lap_start = time.perf_counter()
+        self._steps = 0
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def count_step(self) -> None:
+        self._steps += 1
+
+    def lap(self, tokens_per_step: int, steps_left: int) -> dict[str, float]:
+        """Means since the lap began, which ends it: tokens per second, seconds a step, seconds a step waiting for data.
+
+        Also the seconds that `steps_left` more take, at the pace of all laps so far.
+        """
+        passed = time.perf_counter() - self._lap_start
+        steps = max(self._steps, 1)
+        self._total_time += passed
+        self._total_steps += steps
+        metrics = {
+            "speed/wps": tokens_per_step * steps / passed,
+            "speed/curr_iter_time": passed / steps,
+            "speed/data_load_time": self._waited / steps,
+            "speed/time_left": self._total_time / self._total_steps * steps_left,
+        }
+        self.restart_lap()
+        return metrics
+
+
+def format_duration(seconds: float) -> str:
+    """Such as 4:05 or 2:10:00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

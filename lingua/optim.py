@@ -1,0 +1,158 @@
+"""AdamW in three groups, two gradient clippings, learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lingua.product_key.memory import HashingMemory
+
+
+@dataclass
+class OptimArgs:
+    lr: float = 3e-4
+    weight_decay: float = 0.1
+    epsilon: float = 1e-8
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    scheduler: str = "cosine"
+    warmup: int = 2000
+    lr_min_ratio: float = 0.1
+    cycle_length: float = 1.0
+    cosine_theta: float = 1.0
+    annealing_step: int = 1000
+    decay_fraction: float = 0.1
+    exp_factor: float = 0.5
+
+
+def validate_optim_args(args: OptimArgs) -> None:
+    """Raises ValueError, one line that names the key."""
+    if args.scheduler not in SCHEDULERS:
+        raise ValueError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
+    for name in ("lr", "weight_decay", "epsilon", "clip", "warmup", "lr_min_ratio"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"optim.{name}: {value} must be 0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"optim.{name}: {getattr(args, name)} must be at least 0 and below 1")
+    for name in ("clip", "cycle_length", "cosine_theta", "exp_factor"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"optim.{name}: {getattr(args, name)} must be above 0")
+    if not 0 <= args.decay_fraction <= 1:
+        raise ValueError(f"optim.decay_fraction: {args.decay_fraction} must be between 0 and 1")
+    if args.scheduler == "wsd" and not args.lr_min_ratio > 0:
+        raise ValueError("optim.lr_min_ratio: the wsd schedule divides by it, so it must be above 0")
+
+
+# --- schedules: the factor on the learning rate at a step, section 5 of the interface ------------------------------
+
+
+def _constant(args: OptimArgs, n_steps: int, step: int) -> float:
+    return 1.0
+
+
+def _linear(args: OptimArgs, n_steps: int, step: int) -> float:
+    if step < args.warmup:
+        return step / args.warmup
+    if step >= n_steps:
+        return args.lr_min_ratio
+    progress = (step - args.warmup) / (n_steps - args.warmup)
+    return 1 + progress * (args.lr_min_ratio - 1)
+
+
+def _inv_sqrt(args: OptimArgs, n_steps: int, step: int) -> float:
+    if step < args.warmup:
+        return step / args.warmup
+    return max((args.warmup / step) ** args.exp_factor if step else 1.0, args.lr_min_ratio)
+
+
+def _cosine(args: OptimArgs, n_steps: int, step: int) -> float:
+    if step < args.warmup:
+        return step / args.warmup
+    if step > n_steps or n_steps == args.warmup:
+        return args.lr_min_ratio
+    progress = (step - args.warmup) / (n_steps - args.warmup)
+    # Without the sign that Lingua's later version flips in odd cycles: the memory paper's code has none.
+    wave = math.cos(math.pi * progress**args.cosine_theta / args.cycle_length)
+    return args.lr_min_ratio + (1 - args.lr_min_ratio) / 2 * (1 + wave)
+
+
+def _wsd(args: OptimArgs, n_steps: int, step: int) -> float:
+    """Warmup, stable, decay (Wen et al., 2024, arXiv 2410.05192), once or, with a short cycle, several times."""
+    if step < args.warmup:
+        return step / args.warmup
+    if step > n_steps:
+        return args.lr_min_ratio
+    cycle = max(int(n_steps * args.cycle_length), 1)
+    decay = int(cycle * args.decay_fraction)
+    step_in_cycle = (step - 1) % cycle + 1 if step else 0
+    if step_in_cycle <= cycle - decay:
+        return 1.0
+    progress = (step_in_cycle - (cycle - decay)) / decay
+    return 1 / (progress / args.lr_min_ratio + 1 - progress)
+
+
+SCHEDULERS = {"constant": _constant, "linear": _linear, "inv_sqrt": _inv_sqrt, "cosine": _cosine, "wsd": _wsd}
+
+
+def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
+    """step -> factor on every group's learning rate. Raises ValueError for an unknown `args.scheduler`."""
+    validate_optim_args(args)
+    schedule = SCHEDULERS[args.scheduler]
+    return lambda step: schedule(args, n_steps, step)
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The model's parameters by kind, each once: `dense`, `values` (tables), `memory` (the rest of the memories)."""
+    memories = [module for module in model.modules() if isinstance(module, HashingMemory)]
+    values = {table.weight: None for memory in memories for table in memory.tables}
+    memory = {p: None for module in memories for p in module.parameters() if p not in values}
+    dense = [p for p in model.parameters() if p not in values and p not in memory]
+    return {"dense": dense, "values": list(values), "memory": list(memory)}
+
+
+def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int) -> tuple[AdamW, LambdaLR]:
+    """AdamW and its schedule. One group for a dense model; with memories, those of `split_parameters` in its order.
+
+    The tables' group has the learning rate `value_fixed_lr` where that is set; the schedule's factor applies to it too.
+    The memories' other parameters train like the dense ones; that they stand apart is the published order of groups.
+    """
+    kinds = split_parameters(model)
+    groups = [{"params": kinds["dense"], "lr": args.lr}]
+    if kinds["values"]:
+        fixed = next(m.value_fixed_lr for m in model.modules() if isinstance(m, HashingMemory))
+        groups.append({"params": kinds["values"], "lr": args.lr if fixed is None else fixed})
+        groups.append({"params": kinds["memory"], "lr": args.lr})
+    optimizer = AdamW(
+        groups, betas=(args.beta1, args.beta2), eps=args.epsilon, weight_decay=args.weight_decay, fused=True
+    )
+    return optimizer, LambdaLR(optimizer, build_lr_fn(args, n_steps))
+
+
+def set_schedule_step(optimizer: AdamW, scheduler: LambdaLR, step: int) -> None:
+    """Puts both where `step` calls of `scheduler.step()` would have put them."""
+    scheduler.last_epoch = step
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(step)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Clips the gradients of the value tables and of all else, each to `max_norm` on its own.
+
+    Returns the norms before clipping: (all else, tables or None where there are none).
+    """
+    kinds = split_parameters(model)
+    rest = nn.utils.clip_grad_norm_(kinds["dense"] + kinds["memory"], max_norm)
+    values = nn.utils.clip_grad_norm_(kinds["values"], max_norm) if kinds["values"] else None
+    return rest, values

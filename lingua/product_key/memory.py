@@ -1,0 +1,223 @@
+"""Product-key memory, the layer of "Memory Layers at Scale" (Berges et al., 2024, arXiv 2412.09764).
+
+A token's query is split in halves; each half is compared with its own n keys, and the n * n sums of a score of the
+first and one of the second are the scores of n * n slots, of which the best k are found without forming them all
+("Large Memory Layers with Product Keys", Lample et al., 2019, section 3.1). The values of those slots, weighted by a
+softmax over their scores, are the memory's answer.
+
+Shape suffixes: N tokens, C model dim, H heads, K = knn, n keys per half, D = half of the query's size, V value dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
+
+
+@dataclass
+class ProductKeyArgs:
+    """Which blocks carry a memory in place of their feed-forward, and its sizes (config `model.productkey_args`)."""
+
+    is_enabled: bool = False
+    layers: str = ""  # such as "4,12,20", counted from 0
+    mem_n_keys: int = 1024  # the memory has mem_n_keys ** 2 slots
+    mem_heads: int = 4
+    mem_knn: int = 32
+    mem_share_values: bool = True
+    mem_k_dim: int = 512
+    mem_v_dim: int = -1  # -1: the model's dim
+    swilu_projection: bool = True
+    value_fixed_lr: float | None = 0.001  # null: the model's lr
+    mem_gated: bool = False
+    peer_variant: bool = False
+
+
+def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:
+    """The blocks that carry a memory, in order. Raises ValueError for a list that does not fit `n_layers` blocks."""
+    if not args.is_enabled:
+        return []
+    key = "model.productkey_args.layers"
+    try:
+        layers = [int(number) for number in args.layers.split(",")]
+    except ValueError:
+        raise ValueError(f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\"") from None
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(
+                f"{key}: there is no block {layer}, the model has 0 to {n_layers - 1} (model.n_layers={n_layers})"
+            )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{key}: '{args.layers}' names a block twice")
+    return sorted(layers)
+
+
+def memory_kwargs(args: ProductKeyArgs) -> dict[str, object]:
+    """The arguments of one `HashingMemory`, without those that concern the whole model."""
+    return {name: value for name, value in asdict(args).items() if name not in ("is_enabled", "layers")}
+
+
+class QueryProjection(nn.Module):
+    """One linear layer, C -> H * 2D. In a list, since published checkpoints name it so."""
+
+    def __init__(self, input_dim: int, output_dim: int):
+        super().__init__()
+        self.query_mlps = nn.ModuleList([nn.Linear(input_dim, output_dim)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.query_mlps[0](x)
+
+
+class HashingMemory(nn.Module):
+    """A product-key memory in place of a feed-forward: (B, T, input_dim) -> (B, T, output_dim).
+
+    Raises ValueError for sizes that cannot work, named by their config key.
+
+    Args:
+        owner: a memory whose value tables this one reads too. They stay the owner's alone: this layer does not register
+            them, so they are stored, counted and initialised once. `mem_share_values` itself is for whoever builds a
+            model of several memories; one memory by itself has its own table.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        mem_n_keys: int = 1024,
+        mem_heads: int = 4,
+        mem_knn: int = 32,
+        mem_share_values: bool = True,
+        mem_k_dim: int = 512,
+        mem_v_dim: int = -1,
+        swilu_projection: bool = True,
+        value_fixed_lr: float | None = 0.001,
+        mem_gated: bool = False,
+        peer_variant: bool = False,
+        owner: HashingMemory | None = None,
+    ):
+        super().__init__()
+        _check_sizes(input_dim, output_dim, mem_n_keys, mem_heads, mem_knn, mem_k_dim, mem_v_dim, peer_variant)
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.n_keys, self.heads, self.knn, self.k_dim = mem_n_keys, mem_heads, mem_knn, mem_k_dim
+        self.size = mem_n_keys**2
+        self.v_dim = mem_v_dim if mem_v_dim > 0 else output_dim
+        self.peer_variant = peer_variant
+        self.value_fixed_lr = value_fixed_lr
+
+        self.query_proj = QueryProjection(input_dim, mem_heads * mem_k_dim)
+        self.keys = nn.Parameter(torch.empty(2 * mem_heads * mem_n_keys, mem_k_dim // 2))
+        # In a tuple, which nn.Module does not look into.
+        self._owner = (owner,) if owner is not None else ()
+        if owner is None:
+            for name in ("values_u", "values_v") if peer_variant else ("values",):
+                self.register_module(name, xFormerEmbeddingBag(self.size, self.v_dim))
+        self.swilu_projection = nn.Linear(input_dim, self.v_dim) if swilu_projection else None
+        self.value_proj = nn.Linear(self.v_dim, output_dim) if swilu_projection or mem_v_dim > 0 else None
+        self.gating = nn.Linear(input_dim, 1) if mem_gated else None
+        self.reset_parameters()
+
+    @property
+    def tables(self) -> tuple[xFormerEmbeddingBag, ...]:
+        """The tables that this layer reads, its own or its owner's: (values,), or (values_u, values_v) for PEER."""
+        holder = self._owner[0] if self._owner else self
+        return (holder.values_u, holder.values_v) if self.peer_variant else (holder.values,)
+
+    def reset_parameters(self) -> None:
+        """Keys uniform in +-1/sqrt(k_dim), query Xavier, projections and tables normal with std dim**-0.5, biases 0."""
+        bound = self.k_dim**-0.5
+        nn.init.uniform_(self.keys, -bound, bound)
+        query = self.query_proj.query_mlps[0]
+        nn.init.xavier_uniform_(query.weight)
+        nn.init.zeros_(query.bias)
+        for projection in (self.swilu_projection, self.value_proj, self.gating):
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+                nn.init.zeros_(projection.bias)
+        if not self._owner:
+            for table in self.tables:
+                table.reset_parameters()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_NC = x.reshape(-1, self.input_dim)
+        scores_NHK, slots_NHK = self.get_indices(self.query_proj(x_NC), self.knn)
+        weights_NHK = F.softmax(scores_NHK.float(), dim=-1)
+        y = self.lookup(x_NC, slots_NHK.flatten(1), weights_NHK.flatten(1)).to(x.dtype)
+        if self.swilu_projection is not None:
+            y = y * F.silu(self.swilu_projection(x_NC))
+        if self.value_proj is not None:
+            y = self.value_proj(y)
+        if self.gating is not None:
+            y = y * torch.sigmoid(self.gating(x_NC))
+        return y.view(*x.shape[:-1], self.output_dim)
+
+    def get_indices(self, query: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `knn` best slots of every token and head.
+
+        Args:
+            query: N * H queries of size k_dim, in any shape that `view(N, H, k_dim)` takes.
+            knn: how many, at most mem_n_keys.
+
+        Returns (scores before the softmax, slots), each (N, H, knn), the best first.
+        """
+        query_NHD1, query_NHD2 = query.view(-1, self.heads, self.k_dim).chunk(2, dim=-1)
+        keys_HnD1, keys_HnD2 = self.keys.view(self.heads, 2, self.n_keys, self.k_dim // 2).unbind(1)
+        best1_NHK, index1_NHK = torch.einsum("nhd,hkd->nhk", query_NHD1, keys_HnD1).topk(knn, dim=-1)
+        best2_NHK, index2_NHK = torch.einsum("nhd,hkd->nhk", query_NHD2, keys_HnD2).topk(knn, dim=-1)
+        rank1, rank2 = _candidate_pairs(knn, query.device)
+        scores, winners = (best1_NHK.float()[..., rank1] + best2_NHK.float()[..., rank2]).topk(knn, dim=-1)
+        slots = index1_NHK.gather(-1, rank1[winners]) * self.n_keys + index2_NHK.gather(-1, rank2[winners])
+        return scores, slots
+
+    def lookup(self, x_NC: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The values of `slots` (N, H * K) weighted by `weights`, summed over all heads: (N, V).
+
+        PEER ("Mixture of A Million Experts", He, 2024): a slot is an expert of one hidden unit,
+        `gelu(<x, u_slot>) * v_slot`.
+        """
+        if not self.peer_variant:
+            return self.tables[0](slots, weights)
+        down, up = self.tables
+        rows = F.embedding(slots, down.weight)
+        hidden = torch.einsum("nc,nkc->nk", x_NC.to(rows.dtype), rows)
+        return up(slots, weights * F.gelu(hidden.float()))
+
+
+def _check_sizes(
+    input_dim: int, output_dim: int, n_keys: int, heads: int, knn: int, k_dim: int, v_dim: int, peer_variant: bool
+) -> None:
+    key = "model.productkey_args."
+    for name, value in (("mem_n_keys", n_keys), ("mem_heads", heads), ("mem_knn", knn), ("mem_k_dim", k_dim)):
+        if value < 1:
+            raise ValueError(f"{key}{name}: {value} is too small, it must be 1 or more")
+    if k_dim % 2:
+        raise ValueError(f"{key}mem_k_dim: {k_dim} is odd; the query is split in halves, so it must be even")
+    if knn > n_keys:
+        raise ValueError(f"{key}mem_knn: {knn} is more than mem_n_keys={n_keys}; it can be that many at most")
+    if v_dim < 1 and v_dim != -1:
+        raise ValueError(f"{key}mem_v_dim: {v_dim} is no size; wanted 1 or more, or -1 for the model's dim")
+    if peer_variant and v_dim != -1:
+        raise ValueError(f"{key}mem_v_dim: {v_dim}, but with peer_variant values have the model's dim; leave it at -1")
+    if peer_variant and input_dim != output_dim:
+        raise ValueError(f"{key}peer_variant: needs an input as wide as the output, found {input_dim} and {output_dim}")
+
+
+@functools.lru_cache(maxsize=8)
+def _candidate_pairs(knn: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks (i, j) in the two sorted halves whose sum can be among the best `knn`.
+
+    The pair (i, j) is beaten by the (i+1)(j+1) - 1 pairs that are no worse in both halves, so it needs
+    (i+1)(j+1) <= knn: 119 pairs instead of 1,024 at knn 32.
+    """
+    pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
+    ranks = torch.tensor(pairs, dtype=torch.int64, device=device)
+    return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
+
+
+def count_lookup_flops(memory: HashingMemory) -> int:
+    """Floating-point operations per token of the lookup itself, forward and backward (multiply and add: 2)."""
+    return 3 * 2 * memory.heads * memory.knn * memory.v_dim * len(memory.tables)

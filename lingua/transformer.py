@@ -1,0 +1,355 @@
+"""The decoder's blocks, in plain PyTorch: RMSNorm, rotary attention, SwiGLU, and memories where they are asked for.
+
+Knows nothing of ranks, files or YAML. Shape suffixes: B batch, T tokens, C model dim, H query heads, G key-value heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from lingua.product_key.memory import HashingMemory, ProductKeyArgs, memory_kwargs, memory_layers
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
+INIT_STD_FACTORS = ("disabled", "global_depth", "current_depth", "dim_ratio")
+
+# What tells attention where to look: "causal", a boolean (or additive) tensor that broadcasts to (B, H, T, S) for sdpa,
+# a BlockMask for flex_attention, an xformers AttentionBias for fmha.
+Mask = object
+
+
+@dataclass
+class BaseTransformerArgs:
+    dim: int = 512
+    n_layers: int = 8
+    head_dim: int | None = None
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
+    ffn_dim_multiplier: float | None = None
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    init_base_std: float | None = None
+    init_std_factor: str = "disabled"
+    max_seqlen: int = 1024
+    productkey_args: ProductKeyArgs = field(default_factory=ProductKeyArgs)
+
+
+def head_sizes(args: BaseTransformerArgs) -> tuple[int, int, int]:
+    """(head_dim, n_heads, n_kv_heads), each worked out from the others where null. Raises ValueError naming the key."""
+    if args.head_dim is None and args.n_heads is None:
+        raise ValueError("model.n_heads: not set; give n_heads or head_dim")
+    for name in ("head_dim", "n_heads", "n_kv_heads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{name}: {value} is too small, it must be 1 or more")
+    for name in ("head_dim", "n_heads"):
+        other = "n_heads" if name == "head_dim" else "head_dim"
+        if getattr(args, other) is None and args.dim % getattr(args, name):
+            raise ValueError(
+                f"model.{name}: {getattr(args, name)} does not divide model.dim={args.dim}; set {other} too"
+            )
+    head_dim = args.head_dim or args.dim // args.n_heads
+    n_heads = args.n_heads or args.dim // args.head_dim
+    n_kv_heads = args.n_kv_heads or n_heads
+    if n_heads % n_kv_heads:
+        raise ValueError(f"model.n_kv_heads: {n_kv_heads} does not divide the {n_heads} query heads")
+    if head_dim % 2:
+        raise ValueError(f"model.head_dim: {head_dim} is odd; rotary embedding turns pairs, so it must be even")
+    return head_dim, n_heads, n_kv_heads
+
+
+def validate_transformer_args(args: BaseTransformerArgs) -> None:
+    """Raises ValueError, one line that names the key, for sizes that cannot work. Allocates nothing."""
+    for name in ("dim", "n_layers", "multiple_of", "max_seqlen"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"model.{name}: {getattr(args, name)} is too small, it must be 1 or more")
+    for name in ("norm_eps", "rope_theta", "init_base_std", "ffn_dim_multiplier"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"model.{name}: {value} must be above 0")
+    if args.init_std_factor not in INIT_STD_FACTORS:
+        raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
+    head_sizes(args)
+    if memory_layers(args.productkey_args, args.n_layers):
+        with torch.device("meta"):
+            HashingMemory(args.dim, args.dim, **memory_kwargs(args.productkey_args))
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last dimension, in fp32 (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns each pair of dimensions (2i, 2i+1) by `position * theta**(-2i/D)` (Su et al., 2021)."""
+
+    def __init__(self, theta: float, head_dim: int, max_seqlen: int):
+        super().__init__()
+        self.theta, self.head_dim, self.max_seqlen = theta, head_dim, max_seqlen
+        self.register_buffer("table", self._table(), persistent=False)
+
+    def _table(self, device: torch.device | None = None) -> torch.Tensor:
+        frequencies = self.theta ** -(torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim)
+        angles = torch.outer(torch.arange(self.max_seqlen, device=device).float(), frequencies)
+        return torch.stack([angles.cos(), angles.sin()])
+
+    def reset_parameters(self) -> None:
+        self.table = self._table(self.table.device)
+
+    def forward(self, seqlen: int | None = None, tok_idx: torch.Tensor | None = None) -> torch.Tensor:
+        """Cosines and sines, (2, T, D/2) for positions 0..seqlen-1, or (2, *tok_idx.shape, D/2) for given positions."""
+        return self.table[:, tok_idx] if tok_idx is not None else self.table[:, :seqlen]
+
+
+def apply_rotary(x_BTHD: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Turns pairs in fp32; `rotation` as `RotaryEmbedding` gives it, one position a token."""
+    cos, sin = rotation.unsqueeze(-2)  # the same for all heads
+    even, odd = x_BTHD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BTHD)
+
+
+def create_causal_mask(
+    seqlen: int, attn_impl: str = "sdpa", sliding_window: int | None = None, device: torch.device | None = None
+) -> Mask:
+    """The mask for which a token sees itself and what is before it: the last `sliding_window` tokens, itself included.
+
+    Raises ValueError for an unknown implementation, or fmha where it cannot run.
+    """
+    if attn_impl == "sdpa":
+        if sliding_window is None or sliding_window >= seqlen:
+            return "causal"
+        position = torch.arange(seqlen, device=device)
+        distance = position[:, None] - position[None, :]
+        return (distance >= 0) & (distance < sliding_window)
+    if attn_impl == "flex_attention":
+
+        def sees(batch, head, query, key):
+            causal = query >= key
+            return causal if sliding_window is None else causal & (query - key < sliding_window)
+
+        return create_block_mask(sees, None, None, seqlen, seqlen, device=device or "cpu")
+    if attn_impl == "fmha":
+        bias = _import_fmha().attn_bias
+        if sliding_window is None:
+            return bias.LowerTriangularMask()
+        return bias.LocalAttentionFromBottomRightMask(window_left=sliding_window - 1, window_right=0)
+    raise ValueError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+
+
+def _import_fmha():
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:
+        raise ValueError(f"attn_impl: fmha needs xformers, which does not import here ({error}); use sdpa") from None
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "attn_impl: fmha runs on CUDA devices only, and there is none here; use sdpa or flex_attention"
+        )
+    return fmha
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def attend(
+    q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, mask: Mask, attn_impl: str
+) -> torch.Tensor:
+    """Softmax attention, (B, T, H, D); G key-value heads serve H / G query heads each."""
+    grouped = q_BTHD.shape[2] != k_BSGD.shape[2]
+    if attn_impl == "fmha":
+        fmha = _import_fmha()
+        if grouped:
+            k_BSGD, v_BSGD = (x.repeat_interleave(q_BTHD.shape[2] // x.shape[2], dim=2) for x in (k_BSGD, v_BSGD))
+        return fmha.memory_efficient_attention(q_BTHD, k_BSGD, v_BSGD, attn_bias=mask)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
+    if attn_impl == "flex_attention":
+        if not isinstance(mask, BlockMask):
+            raise ValueError(
+                f"mask: flex_attention wants a BlockMask (create_causal_mask makes one), found {type(mask).__name__}"
+            )
+        # Uncompiled it forms the whole score matrix; on a CPU the compiled one has no backward.
+        run = _compiled_flex_attention() if q.is_cuda else flex_attention
+        return run(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    if attn_impl == "sdpa":
+        causal = isinstance(mask, str) and mask == "causal"
+        attn_mask = None if causal else mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
+        return y.transpose(1, 2)
+    raise ValueError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
+    def __init__(self, dim: int, head_dim: int, n_heads: int, n_kv_heads: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def reset_parameters(self, std: float) -> None:
+        for linear in (self.wq, self.wk, self.wv, self.wo):
+            _truncated_normal(linear.weight, std)
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
+        y = attend(apply_rotary(q, rotation), apply_rotary(k, rotation), v, mask, attn_impl)
+        return self.wo(y.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, `w2(silu(w1 x) * w3 x)` (Shazeer, 2020)."""
+
+    def __init__(self, dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
+        super().__init__()
+        hidden = int(2 * 4 * dim / 3)
+        if ffn_dim_multiplier is not None:
+            hidden = int(ffn_dim_multiplier * hidden)
+        hidden = multiple_of * -(-hidden // multiple_of)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def reset_parameters(self, std: float | None, factor: float) -> None:
+        """`std`: of all three, or None for one over the root of each one's input size; divided by `factor`."""
+        for linear in (self.w1, self.w2, self.w3):
+            _truncated_normal(linear.weight, (std or linear.in_features**-0.5) / factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def _truncated_normal(weight: torch.Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+class TransformerBlock(nn.Module):
+    """`h = x + attention(norm(x))`, then `h + feed_forward(norm(h))`; the feed-forward may be a memory."""
+
+    def __init__(self, args: BaseTransformerArgs, feed_forward: nn.Module):
+        super().__init__()
+        self.attention = Attention(args.dim, *head_sizes(args))
+        self.feed_forward = feed_forward
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def reset_parameters(self, std: float | None, factor: float) -> None:
+        self.attention.reset_parameters((std or self.attention.wq.in_features**-0.5) / factor)
+        if isinstance(self.feed_forward, HashingMemory):
+            self.feed_forward.reset_parameters()
+        else:
+            self.feed_forward.reset_parameters(std, factor)
+        self.attention_norm.reset_parameters()
+        self.ffn_norm.reset_parameters()
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), rotation, mask, attn_impl)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class BaseTransformer(nn.Module):
+    """The stack of blocks, (B, T, C) -> (B, T, C); no embedding, no output.
+
+    The first memory owns the value tables; the later ones are handed it, unless `mem_share_values` is off.
+    """
+
+    def __init__(self, args: BaseTransformerArgs):
+        super().__init__()
+        self.dim = args.dim
+        self.max_seqlen = args.max_seqlen
+        self.init_base_std, self.init_std_factor = args.init_base_std, args.init_std_factor
+        self.rope_embeddings = RotaryEmbedding(args.rope_theta, head_sizes(args)[0], args.max_seqlen)
+        with_memory = memory_layers(args.productkey_args, args.n_layers)
+        owner = None
+        self.layers = nn.ModuleList()
+        for number in range(args.n_layers):
+            if number in with_memory:
+                feed_forward = HashingMemory(args.dim, args.dim, **memory_kwargs(args.productkey_args), owner=owner)
+                if args.productkey_args.mem_share_values and owner is None:
+                    owner = feed_forward
+            else:
+                feed_forward = FeedForward(args.dim, args.multiple_of, args.ffn_dim_multiplier)
+            self.layers.append(TransformerBlock(args, feed_forward))
+        self.register_load_state_dict_pre_hook(_store_shared_tables_once)
+
+    def memories(self) -> dict[int, HashingMemory]:
+        """Block number -> its memory, for the blocks that have one."""
+        return {i: b.feed_forward for i, b in enumerate(self.layers) if isinstance(b.feed_forward, HashingMemory)}
+
+    def init_weights(self) -> None:
+        self.rope_embeddings.reset_parameters()
+        for depth, block in enumerate(self.layers):
+            factor = {
+                "disabled": 1.0,
+                "global_depth": (2 * (len(self.layers) + 1)) ** 0.5,
+                "current_depth": (2 * (depth + 1)) ** 0.5,
+                "dim_ratio": self.dim / 4096,
+            }[self.init_std_factor]
+            block.reset_parameters(self.init_base_std, factor)
+
+    def forward(
+        self, h: torch.Tensor, tok_idx: torch.Tensor | None = None, mask: Mask = "causal", attn_impl: str = "sdpa"
+    ) -> torch.Tensor:
+        """`tok_idx`: positions of the tokens, (T,) or (B, T), where they are not 0..T-1.
+
+        Raises ValueError for more tokens than max_seqlen.
+        """
+        if tok_idx is None and h.shape[1] > self.max_seqlen:
+            raise ValueError(f"{h.shape[1]} tokens are more than the model's max_seqlen={self.max_seqlen}")
+        rotation = self.rope_embeddings(seqlen=h.shape[1], tok_idx=tok_idx)
+        for block in self.layers:
+            h = block(h, rotation, mask, attn_impl)
+        return h
+
+
+def _store_shared_tables_once(model: BaseTransformer, state_dict: dict, prefix: str, *_: object) -> None:
+    """Before loading: published checkpoints repeat a shared table under every memory layer; keep the owner's alone.
+
+    Raises ValueError where the repeated tables differ: the checkpoint is of a model with separate tables.
+    """
+    owners: dict[HashingMemory, str] = {}
+    for number, memory in model.memories().items():
+        here = f"{prefix}layers.{number}.feed_forward."
+        if not memory._owner:
+            owners[memory] = here
+            continue
+        for name in ("values_u.weight", "values_v.weight") if memory.peer_variant else ("values.weight",):
+            repeated = state_dict.pop(here + name, None)
+            owners_key = owners[memory._owner[0]] + name
+            if repeated is None:
+                continue
+            kept = state_dict.setdefault(owners_key, repeated)
+            if kept.shape != repeated.shape or not (kept.is_meta or kept is repeated or torch.equal(kept, repeated)):
+                raise ValueError(
+                    f"{here}{name}: differs from {owners_key}, so this checkpoint has a table for each memory; "
+                    "set model.productkey_args.mem_share_values=false"
+                )
+
+
+def cross_entropy(pred: torch.Tensor, target: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    """Mean token cross-entropy, in fp32, of logits (..., vocab) against ids of the same leading shape."""
+    return F.cross_entropy(pred.flatten(0, -2).float(), target.flatten(), **kwargs)
