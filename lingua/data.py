@@ -146,6 +146,14 @@ def parse_document(line: bytes, path: Path, number: int) -> str:
     raise ValueError(f'{where}: neither "text" nor "content" among its keys {sorted(document)}')
 
 
+def read_documents(path: Path) -> Iterator[str]:
+    """All texts of one JSONL file. Raises ValueError that names file and line."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.isspace():
+                yield parse_document(line, path, number)
+
+
 class SourceReader:
     """Endless texts of one source for one rank. A pass goes through its shares in the order of the files."""
 

@@ -74,8 +74,12 @@ if [ -z "$conda_name" ]; then
   fi
 fi
 
-echo "environment: installing the packages of setup/constraints.txt (some minutes the first time)"
+echo "environment: installing the packages of setup/constraints.txt (a minute or several)"
 rm -f "$stamp"
-"$prefix/bin/python" -m pip install --disable-pip-version-check --progress-bar off -q -c setup/constraints.txt -e ".[$extras]"
+# pip does not know how long it will take; a line every few packages shows that it moves.
+"$prefix/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c setup/constraints.txt -e ".[$extras]" |
+  awk '
+    /^Collecting/ { if (++found % 20 == 0) { print "environment: " found " packages found"; fflush() } }
+    /^Installing collected/ { print "environment: unpacking " NF - 3 " packages"; fflush() }'
 echo "$wanted" > "$stamp"
 echo "environment: ready; $how"

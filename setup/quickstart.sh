@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The whole way once: environment, sample text, training, validation, a continuation, a summary.
+#
+#   bash setup/quickstart.sh                                 # into dumps/debug
+#   bash setup/quickstart.sh dump_dir=/tmp/try steps=100     # any key of the training config
+#
+# What is there already is not made again: stop it at any time and start it again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dump_dir=dumps/debug
+for argument in "$@"; do
+  case $argument in dump_dir=*) dump_dir=${argument#dump_dir=} ;; esac
+done
+stage() { printf '\n[%s/5] %s\n' "$1" "$2"; }
+
+stage 1 "environment: .venv (a minute or several the first time)"
+bash setup/create_env.sh
+python=.venv/bin/python
+
+stage 2 "sample text: data/sample (about 10 s)"
+if [ -f data/sample/stdlib/stdlib.val.jsonl ]; then
+  echo "sample data: is there"
+else
+  "$python" setup/make_sample_data.py
+fi
+
+stage 3 "training: $dump_dir (about 2 minutes on two CPU cores; every line tells the time left)"
+"$python" -m apps.main.train config=apps/main/configs/debug.yaml "$@"
+
+checkpoint=$(ls -d "$dump_dir"/checkpoints/[0-9]* | tail -n 1)
+results=$dump_dir/evals/$(basename "$checkpoint")
+stage 4 "validation on text that was not trained on (about 30 s)"
+if [ -f "$results/validation.json" ]; then
+  echo "validation: is there"
+else
+  "$python" -m apps.main.eval ckpt_dir="$checkpoint" dump_dir="$results" metric_log_dir="$dump_dir" \
+    global_step="$((10#$(basename "$checkpoint")))" generator.dtype=fp32
+fi
+
+stage 5 "what the model makes of a prompt (about 15 s)"
+if [ -f "$results/continuation.txt" ]; then
+  cat "$results/continuation.txt"
+else
+  "$python" -m apps.main.generate ckpt="$checkpoint" prompt="The function returns" max_gen_len=300 temperature=0.7 \
+    top_p=0.9 dtype=fp32 out="$results/continuation.txt"
+fi
+
+echo
+"$python" setup/summarize_run.py "$dump_dir" "$results"

@@ -1,0 +1,47 @@
+"""The quickstart's last word: a table of a run, from the files that it left.
+
+python setup/summarize_run.py <dump_dir> <evals folder of the checkpoint>
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+
+def read_parameters(log: str) -> tuple[str, str]:
+    """(dense, memory) parameters, as the training log tells them."""
+    found = re.findall(r"parameters: ([\d,]+) dense, ([\d,]+) in memory values", log)
+    return found[-1]
+
+
+def main() -> None:
+    dump_dir, results = Path(sys.argv[1]), Path(sys.argv[2])
+    metrics = [json.loads(line) for line in (dump_dir / "metrics.jsonl").read_text().splitlines()]
+    validation = json.loads((results / "validation.json").read_text())
+    dense, memory = read_parameters((dump_dir / "train.log").read_text())
+    first, last = metrics[0], metrics[-1]
+    source = next(name for name in validation if name != "memory_slots")
+    slots = validation["memory_slots"]
+    # The median: a lap in which the machine was busy with something else says little.
+    speed = statistics.median(line["speed/wps"] for line in metrics)
+    rows = [
+        ("parameters, dense", dense),
+        ("parameters, memory", memory),
+        (f"loss at step {first['global_step']}", f"{first['loss/out']:.3f}"),
+        (f"loss at step {last['global_step']}", f"{last['loss/out']:.3f}"),
+        ("validation bits per byte", f"{validation[source]['bits_per_byte']:.3f}"),
+        ("training tokens per second", f"{speed:,.0f}"),
+        ("memory slots used in validation", f"{slots['read']:,} of {slots['total']:,} ({slots['read'] / slots['total']:.0%})"),
+        ("checkpoints, metrics, log", f"{dump_dir}"),
+        ("validation, continuation", f"{results}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+
+
+if __name__ == "__main__":
+    main()

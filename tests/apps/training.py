@@ -1,0 +1,252 @@
+"""What the tests of training share: a small corpus, a small config, and ways to run training in processes of its own.
+
+Importing torch takes seconds, so most processes are forked from a server that has done it (`Training`); `run_command`
+starts a command from nothing. Everything computes with one thread.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+# Far more than anything takes here: it ends what hangs, and is no measure of speed.
+PATIENCE = 240
+
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+# --- what to train, and on what -----------------------------------------------------------------------------------
+
+
+def write_corpus(root: Path, n_documents: int = 60) -> Path:
+    """Two sources, `alpha` of three chunk files and `beta` of two, of random words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 8))) for _ in range(200)]
+    for source, n_files, key in (("alpha", 3, "text"), ("beta", 2, "content")):
+        (root / source).mkdir(parents=True)
+        for number in range(n_files):
+            documents = [" ".join(rng.choices(words, k=rng.randint(3, 60))) for _ in range(n_documents)]
+            lines = "".join(json.dumps({key: document}) + "\n" for document in documents)
+            (root / source / f"{source}.chunk.{number:02d}.jsonl").write_text(lines)
+    return root
+
+
+def tiny_config(corpus: Path, dump_dir: Path) -> dict[str, Any]:
+    """Three blocks, memories in the last two with one table of 256 slots; two batches a step."""
+    return {
+        "dump_dir": str(dump_dir),
+        "steps": 60,
+        "grad_acc_steps": 2,
+        "data": {
+            "root_dir": str(corpus),
+            "sources": {"alpha": 2.0, "beta": 1.0},
+            "batch_size": 2,
+            "seq_len": 32,
+            "prefetch_size": 8,
+        },
+        "optim": {"lr": 0.01, "warmup": 5},
+        "model": {
+            "dim": 32,
+            "n_layers": 3,
+            "n_heads": 2,
+            "multiple_of": 32,
+            "productkey_args": {
+                "is_enabled": True,
+                "layers": "1,2",
+                "mem_n_keys": 16,
+                "mem_heads": 2,
+                "mem_knn": 4,
+                "mem_k_dim": 16,
+            },
+        },
+        "distributed": {"model_dtype": "fp32"},
+        "checkpoint": {"dump": {"every": 5}, "eval": {"every": 0}},
+        "logging": {"freq": 1},
+    }
+
+
+def write_config(file: Path, config: dict[str, Any]) -> Path:
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """This process's variables without those that a launcher sets, with one thread, and `variables`."""
+    launchers = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "WANDB_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return {**kept, "OMP_NUM_THREADS": "1", **variables}
+
+
+def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None:
+    """What a forked process does: the same as `python -m apps.main.train`."""
+    for stream, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{logs}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+
+    import torch
+
+    from apps.main.train import main
+    from lingua.distributed import run_main
+
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    run_main(main)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def the_error(self) -> str:
+        """The one line of an error on stderr. Fails for any other end."""
+        assert self.code != 0, f"it should have failed; stdout:\n{self.out}"
+        lines = self.err.splitlines()
+        assert len(lines) == 1, f"wanted one line on stderr, found {len(lines)}:\n{self.err}"
+        assert lines[0].startswith("error: "), lines[0]
+        return lines[0]
+
+    def ok(self) -> "Result":
+        assert self.code == 0, f"exit code {self.code}; stdout:\n{self.out}\nstderr:\n{self.err}"
+        return self
+
+
+class Training:
+    """A training process forked from the server."""
+
+    _number = 0
+
+    def __init__(self, argv: list[object], logs: Path, **variables: str):
+        Training._number += 1
+        self._logs = f"{logs / 'process'}.{Training._number}"
+        PROCESSES.set_forkserver_preload(["apps.main.train"])
+        arguments = [str(argument) for argument in argv]
+        environment = clean_environment(**variables)
+        self.process = PROCESSES.Process(target=_train_here, args=(arguments, environment, self._logs), daemon=True)
+        self.process.start()
+
+    def finish(self) -> Result:
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"no end after {PATIENCE} s; stdout:\n{self._read('out')}\nstderr:\n{self._read('err')}")
+        return Result(self.process.exitcode, self._read("out"), self._read("err"))
+
+    def _read(self, name: str) -> str:
+        file = Path(f"{self._logs}.{name}")
+        return file.read_text() if file.exists() else ""
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Sends a signal, where the process is still there."""
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, number)
+
+    def wait_for(self, happened: Callable[[], object]) -> bool:
+        """Waits until `happened()` or the process's end; returns whether it is still there."""
+        wait_until(lambda: self.process.exitcode is not None or happened())
+        return self.process.exitcode is None
+
+
+def start_ranks(n_ranks: int, argv: list[object], logs: Path, **variables: str) -> list[Training]:
+    """What torchrun starts, less torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        Training(argv, logs, RANK=str(rank), LOCAL_RANK=str(rank), **launch, **variables) for rank in range(n_ranks)
+    ]
+
+
+def start_command(arguments: list[object], **variables: str) -> subprocess.Popen:
+    """`python -m arguments...`, from the repository's root."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=clean_environment(**variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish_command(process: subprocess.Popen) -> Result:
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {PATIENCE} s; stdout:\n{out}\nstderr:\n{err}") from None
+    return Result(process.returncode, out, err)
+
+
+def run_command(arguments: list[object], **variables: str) -> Result:
+    return finish_command(start_command(arguments, **variables))
+
+
+def torchrun(n_ranks: int, argv: list[object]) -> list[object]:
+    """Arguments for `start_command`. Standalone: a free port of its own, whatever else runs on the machine."""
+    return ["torch.distributed.run", "--standalone", "--nproc-per-node", n_ranks, "-m", "apps.main.train", *argv]
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+# --- what a run left -----------------------------------------------------------------------------------------------
+
+
+def read_metrics(dump_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (dump_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_losses(dump_dir: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every line, in the order of the file."""
+    return [(line["global_step"], line["loss/out"]) for line in read_metrics(dump_dir)]
+
+
+def last_step(dump_dir: Path) -> int:
+    """The step of the last whole line of a metrics file that may be being written."""
+    file = dump_dir / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return json.loads(whole[-1])["global_step"] if whole else 0
+
+
+def list_steps(dump_dir: Path) -> list[int]:
+    """The checkpoints. Fails for anything else in their folder."""
+    names = sorted(os.listdir(dump_dir / "checkpoints"))
+    assert all(len(name) == 10 and name.isdigit() for name in names), names
+    return [int(name) for name in names]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder` and what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
