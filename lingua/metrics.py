@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -51,10 +52,7 @@ class MetricsLogger:
         self._file = open(file, "a", encoding="utf-8")
         self._wandb = None
         if wandb_args is not None:
-            import wandb
-
-            # wandb makes its own folder in this one; without the argument it would take the current one.
-            self._wandb = wandb.init(**{"dir": str(file.parent), **wandb_args}, config=config)
+            self._wandb = _start_wandb(file.parent, wandb_args, config)
 
     def log(self, metrics: dict[str, Any]) -> None:
         stamped = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
@@ -67,6 +65,20 @@ class MetricsLogger:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any] | None) -> Any:
+    """A wandb run whose files lie in `folder`, and which goes on as the same one when training is resumed there."""
+    import wandb
+
+    id_file = folder / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8])
+    defaults = {"dir": str(folder), "id": id_file.read_text(), "resume": "allow"}
+    try:
+        return wandb.init(**{**defaults, **arguments}, config=config)
+    except (wandb.Error, TypeError, ValueError) as error:
+        raise ValueError(f"logging.wandb: wandb does not start ({error})") from None
 
 
 def drop_metrics_after(file: Path, step: int) -> int:

@@ -153,6 +153,10 @@ class Training:
             raise AssertionError(f"no end after {PATIENCE} s; stdout:\n{self._read('out')}\nstderr:\n{self._read('err')}")
         return Result(self.process.exitcode, self._read("out"), self._read("err"))
 
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._read("out")
+
     def _read(self, name: str) -> str:
         file = Path(f"{self._logs}.{name}")
         return file.read_text() if file.exists() else ""

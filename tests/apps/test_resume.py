@@ -1,0 +1,202 @@
+"""A run that is interrupted and started again computes what an uninterrupted one does, to the last bit."""
+
+import random
+import shutil
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from training import last_step, list_steps, read_losses, read_metrics, snapshot, wait_until
+
+from lingua.checkpoint import consolidate_checkpoints, read_consolidated
+
+# Everything in metrics.jsonl that does not tell of times and of this machine.
+COMPUTED = ("global_step", "acc_step", "loss/out", "optim/grad_norm", "optim/value_grad_norm", "optim/lr")
+COMPUTED += ("optim/value_lr", "optim/total_tokens")
+
+
+def computed(dump_dir):
+    return [{key: line[key] for key in COMPUTED} for line in read_metrics(dump_dir)]
+
+
+def copy_run(reference, dump_dir, last):
+    """A run that was ended in the middle of step `last + 3`, when its newest checkpoint was that of step `last`."""
+    shutil.copytree(reference, dump_dir)
+    for step in list_steps(dump_dir):
+        if step > last:
+            shutil.rmtree(dump_dir / "checkpoints" / f"{step:010d}")
+    file = dump_dir / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[: last + 2]) + lines[last + 2][:40])
+
+
+def assert_same_end(dump_dir, reference):
+    assert computed(dump_dir) == computed(reference)
+    states = []
+    for run, copy in ((dump_dir, "a"), (reference, "b")):
+        folder = shutil.copytree(run / "checkpoints" / "0000000060", dump_dir.parent / copy)
+        states.append(read_consolidated(consolidate_checkpoints(folder) / "consolidated.pth"))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    place = "checkpoints/0000000060/train_state_00000.json"
+    assert (dump_dir / place).read_bytes() == (reference / place).read_bytes()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment(start, reference, tmp_path, seed):
+    rng = random.Random(seed)
+    dump_dir = tmp_path / "run"
+    checkpoints = dump_dir / "checkpoints"
+
+    def being_written():
+        return checkpoints.is_dir() and any(entry.name.startswith(".") for entry in checkpoints.iterdir())
+
+    moments = ["starting", "saving", "training", "saving", "training", "starting", "saving", "saving", "training"]
+    survived = 0
+    for moment in moments:
+        run = start(dump_dir, "checkpoint.dump.keep=2")
+        began = last_step(dump_dir)
+        if moment == "starting":
+            time.sleep(rng.uniform(0, 0.4))
+        elif moment == "training":
+            goal = began + rng.randint(1, 9)
+            run.wait_for(lambda goal=goal: last_step(dump_dir) >= goal)
+            time.sleep(rng.uniform(0, 0.03))
+        else:
+            for _ in range(rng.randint(1, 2)):  # the first checkpoint of this start, or the second
+                run.wait_for(being_written)
+                if _:
+                    run.wait_for(lambda: not being_written())
+            time.sleep(rng.uniform(0, 0.02))
+        survived += run.process.exitcode is None
+        run.kill()
+        run.finish()
+    assert survived >= len(moments) - 2, "the run ended before it could be killed"
+
+    start(dump_dir, "checkpoint.dump.keep=2").finish().ok()
+    assert_same_end(dump_dir, reference)
+    assert list_steps(dump_dir) == [55, 60]
+
+
+def test_the_loader_ends_with_its_trainer(start, tmp_path):
+    run = start(tmp_path / "run", "steps=100000", "checkpoint.dump.every=100000")
+    run.wait_for(lambda: last_step(tmp_path / "run") >= 3)
+    (loader,) = psutil.Process(run.process.pid).children()
+    run.kill()
+    run.finish()
+    wait_until(lambda: not loader.is_running() or loader.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_leftover_of_a_half_written_checkpoint(start, reference, tmp_path):
+    dump_dir = tmp_path / "run"
+    copy_run(reference, dump_dir, last=10)
+    half = dump_dir / "checkpoints" / ".0000000015.tmp"
+    shutil.copytree(reference / "checkpoints" / "0000000015", half)
+    file = half / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (half / ".metadata").unlink()
+    shutil.copytree(half, dump_dir / "checkpoints" / ".0000000005.old")
+
+    result = start(dump_dir).finish().ok()
+    assert "starting at step 10 of 60" in result.out
+    assert_same_end(dump_dir, reference)
+    assert list_steps(dump_dir) == list(range(5, 65, 5))
+
+
+@pytest.mark.parametrize("damage", ["shortened", "missing"])
+def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
+    dump_dir = tmp_path / "run"
+    copy_run(reference, dump_dir, last=45)
+    file = dump_dir / "checkpoints" / "0000000045" / "__0_0.distcp"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "shortened":
+        file.write_bytes(content[:-1])
+
+    result = start(dump_dir).finish().ok()
+    assert "passing over the checkpoint" in result.out
+    assert "starting at step 40 of 60" in result.out
+    assert_same_end(dump_dir, reference)
+    assert list_steps(dump_dir) == list(range(5, 65, 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_signal(start, reference, tmp_path, number):
+    dump_dir = tmp_path / "run"
+    keys = ("checkpoint.dump.every=1000",)
+    for goal in (7, 31):
+        run = start(dump_dir, *keys)
+        assert run.wait_for(lambda goal=goal: last_step(dump_dir) >= goal)
+        run.kill(number)
+        result = run.finish().ok()
+        stopped = last_step(dump_dir)
+        assert result.err == ""
+        assert f"stopped after step {stopped} by {number.name}" in result.out
+        assert goal <= stopped < 60
+        assert list_steps(dump_dir)[-1] == stopped
+    start(dump_dir, *keys).finish().ok()
+    assert_same_end(dump_dir, reference)
+
+
+def test_signal_before_the_first_step(start, reference, tmp_path):
+    dump_dir = tmp_path / "run"
+    run = start(dump_dir)
+    assert run.wait_for(lambda: "filling the shuffle buffer" in run.out())
+    run.kill(signal.SIGUSR2)
+    run.finish().ok()
+    assert list_steps(dump_dir) == [1]
+    assert read_losses(dump_dir) == read_losses(reference)[:1]
+
+
+def test_all_steps_done(start, reference, tmp_path):
+    dump_dir = tmp_path / "run"
+    shutil.copytree(reference, dump_dir)
+    before = snapshot(dump_dir)
+    for steps in (60, 30):
+        result = start(dump_dir, f"steps={steps}").finish().ok()
+        assert f"all {steps} steps are done" in result.out
+        assert result.err == ""
+    assert snapshot(dump_dir) == before
+
+
+def test_more_steps(start, reference, tmp_path):
+    dump_dir = tmp_path / "run"
+    shutil.copytree(reference, dump_dir)
+    start(dump_dir, "steps=67").finish().ok()
+    losses = read_losses(dump_dir)
+    assert losses[:60] == read_losses(reference)
+    assert [step for step, _ in losses] == list(range(1, 68))
+    assert list_steps(dump_dir) == [*range(5, 70, 5), 67]
+
+
+def test_lines_within_steps_appear_once(start, tmp_path):
+    """`logging.acc_freq` writes lines between two steps; those past the newest checkpoint are computed again."""
+    keys = ("logging.acc_freq=1", "grad_acc_steps=3", "steps=20", "checkpoint.dump.every=6")
+    start(tmp_path / "whole", *keys).finish().ok()
+    run = start(tmp_path / "killed", *keys)
+    assert run.wait_for(lambda: last_step(tmp_path / "killed") >= 9)
+    run.kill()
+    run.finish()
+    start(tmp_path / "killed", *keys).finish().ok()
+
+    whole, killed = (
+        [(line["global_step"], line["acc_step"], line["loss/out"]) for line in read_metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert [line[:2] for line in whole] == [
+        place for done in range(20) for place in ((done, 1), (done, 2), (done + 1, 0))
+    ]
+    assert killed == whole
+
+
+def test_memory_in_bf16(start, tmp_path):
+    """The default number format keeps the tables and their moments in bf16: they come back as they were, too."""
+    keys = ("distributed.model_dtype=bf16", "steps=16", "checkpoint.dump.every=6")
+    start(tmp_path / "whole", *keys).finish().ok()
+    start(tmp_path / "resumed", *keys).finish().ok()
+    for step in (12, 16):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{step:010d}")
+    start(tmp_path / "resumed", *keys).finish().ok()
+    assert computed(tmp_path / "resumed") == computed(tmp_path / "whole")

@@ -1,0 +1,165 @@
+"""The weighted lookup against plain indexing in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
+from lingua.product_key.xformer_embeddingbag import CHUNK, xformers_embedding_bag
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What one rounding of a result costs; sums are to be as good as that.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-12}
+
+
+def check(indices, weight, scores, grad, tolerance=None):
+    """Result and both gradients. Scores are rounded to the table's type, which the reference does too."""
+    weight, scores = weight.clone().requires_grad_(), scores.clone().requires_grad_()
+    y = xformers_embedding_bag(indices, weight, scores)
+    assert y.dtype == weight.dtype
+    assert y.shape == (len(indices), weight.shape[1])
+    y.backward(grad.to(y.dtype))
+    assert (weight.grad.dtype, scores.grad.dtype) == (weight.dtype, scores.dtype)
+    assert (weight.grad.shape, scores.grad.shape) == (weight.shape, scores.shape)
+
+    exact_weight = weight.detach().double().requires_grad_()
+    exact_scores = scores.detach().to(weight.dtype).double().requires_grad_()
+    expected = (exact_weight[indices.long()] * exact_scores[..., None]).sum(1)
+    expected.backward(grad.to(y.dtype).double())
+    tolerance = tolerance or TOLERANCE[weight.dtype]
+    for actual, exact in ((y, expected), (weight.grad, exact_weight.grad), (scores.grad, exact_scores.grad)):
+        assert (actual.double() - exact).norm() <= tolerance * exact.norm() + 1e-6
+
+
+def draw(n, bag, size, dim, dtype, index_dtype=torch.int64, score_dtype=torch.float32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(size, (n, bag), generator=rng).to(index_dtype),
+        torch.randn(size, dim, generator=rng).to(dtype),
+        torch.rand(n, bag, generator=rng).to(score_dtype),
+        torch.randn(n, dim, generator=rng),
+    )
+
+
+@given(
+    n=st.integers(0, 7),
+    bag=st.integers(1, 6),
+    size=st.integers(1, 9),
+    dim=st.integers(1, 9),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    score_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_shape(n, bag, size, dim, dtype, index_dtype, score_dtype, seed):
+    check(*draw(n, bag, size, dim, dtype, index_dtype, score_dtype, seed), tolerance=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [3, 1000])
+@pytest.mark.parametrize("n", [CHUNK - 1, CHUNK, 3 * CHUNK + 1])
+def test_many_tokens(n, size, dtype):
+    """With 3 slots each gradient row sums thousands of terms, which must not be lost to rounding."""
+    check(*draw(n, 12, size, 16, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_terms_that_differ_in_size_all_count(dtype):
+    """One large gradient, then thousands that would each vanish beside it."""
+    n = 4096
+    weight = torch.ones(2, 4, dtype=dtype).requires_grad_()
+    grad = torch.full((n, 4), 2.0**-9)
+    grad[0] = 1.0
+    y = xformers_embedding_bag(torch.zeros(n, 1, dtype=torch.int64), weight, torch.ones(n, 1))
+    y.backward(grad.to(dtype))
+    assert torch.allclose(weight.grad[0].float(), torch.full((4,), 1 + (n - 1) * 2.0**-9), rtol=2**-7)
+    assert not weight.grad[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_long_bag_is_summed_precisely(dtype):
+    """Many small terms behind a large one."""
+    scores = torch.full((1, 4097), 2.0**-9)
+    scores[0, 0] = 1.0
+    y = xformers_embedding_bag(torch.zeros(1, 4097, dtype=torch.int64), torch.ones(1, 8, dtype=dtype), scores)
+    assert torch.allclose(y.float(), torch.full((1, 8), 9.0), rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeated_slots_of_one_bag_count_each(dtype):
+    indices = torch.tensor([[1, 1, 1, 0], [2, 0, 2, 2]])
+    check(indices, *draw(2, 4, 3, 5, dtype)[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(dtype):
+    """Transposed inputs, and the gradient of `sum()`, which has strides of 0."""
+    indices, weight, scores, grad = draw(6, 4, 10, 8, dtype)
+    expected = xformers_embedding_bag(indices, weight, scores)
+    transposed = [x.t().contiguous().t() for x in (indices, weight, scores)]
+    assert torch.equal(xformers_embedding_bag(*transposed), expected)
+    check(*transposed, grad)
+    results = []
+    for make in (lambda y: y.sum().backward(), lambda y: y.backward(torch.ones_like(y))):
+        leaf = weight.clone().requires_grad_()
+        make(xformers_embedding_bag(indices, leaf, scores))
+        results.append(leaf.grad)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_either_gradient_alone(dtype):
+    indices, weight, scores, _ = draw(6, 4, 10, 8, dtype)
+    for leaf in (weight, scores):
+        leaf.requires_grad_()
+        xformers_embedding_bag(indices, weight, scores).float().square().sum().backward()
+        assert leaf.grad.any()
+        leaf.requires_grad_(False)
+    assert not xformers_embedding_bag(indices, weight, scores).requires_grad
+
+
+def test_gradients_against_finite_differences():
+    indices, weight, scores, _ = draw(3, 4, 5, 2, torch.float64, score_dtype=torch.float64)
+    weight.requires_grad_()
+    scores.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w, s: xformers_embedding_bag(indices, w, s), (weight, scores))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_to_look_up(dtype):
+    indices, weight, scores, grad = draw(0, 4, 10, 8, dtype)
+    check(indices, weight, scores, grad)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", ""])
+def test_other_modes_are_refused(mode):
+    indices, weight, scores, _ = draw(2, 3, 4, 5, torch.float32)
+    with pytest.raises(ValueError, match=f"^mode: '{mode}' is not supported"):
+        xformers_embedding_bag(indices, weight, scores, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("indices_shape", "scores_shape"), [((6,), (6,)), ((2, 3), (3, 2)), ((2, 3), (2, 3, 1)), ((2, 3, 1), (2, 3, 1))]
+)
+def test_shapes_that_do_not_match_are_refused(indices_shape, scores_shape):
+    with pytest.raises(ValueError, match="indices .* and per_sample_weights .* must be"):
+        xformers_embedding_bag(torch.zeros(indices_shape, dtype=torch.long), torch.ones(4, 5), torch.ones(scores_shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_slots_out_of_range_are_refused(slot, dtype):
+    with pytest.raises((IndexError, RuntimeError, ValueError), match="range"):
+        xformers_embedding_bag(torch.full((2, 3), slot), torch.ones(4, 5, dtype=dtype), torch.ones(2, 3))
+
+
+def test_the_module_is_a_table_and_its_lookup():
+    torch.manual_seed(0)
+    table = xFormerEmbeddingBag(400, 25)
+    assert list(table.state_dict()) == ["weight"]
+    assert table.weight.shape == (400, 25)
+    assert table.weight.std().item() == pytest.approx(0.2, rel=0.03)
+    indices, _, scores, _ = draw(6, 4, 400, 25, torch.float32)
+    assert torch.equal(table(indices, scores), xformers_embedding_bag(indices, table.weight, scores))
