@@ -154,7 +154,12 @@ def _check(kind: Any, value: Any, key: str, origin: str) -> None:
         if not isinstance(value, dict):
             raise ValueError(f"{key}: '{value}' where a mapping of names to values is wanted{where}")
         for name, inner in value.items():
-            _check(typing.get_args(kind)[1], inner, f"{key}.{name}", origin)
+            wanted = typing.get_args(kind)[1]
+            if inner is None and wanted in (int, float, str, bool):
+                raise ValueError(
+                    f"{key}: '{name}' has no value; wanted 'name: value', with a space after the colon{where}"
+                )
+            _check(wanted, inner, f"{key}.{name}", origin)
     elif typing.get_origin(kind) is list:
         if not isinstance(value, list):
             raise ValueError(f"{key}: '{value}' where a list is wanted{where}")

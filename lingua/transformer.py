@@ -182,7 +182,11 @@ def attend(
         fmha = _import_fmha()
         if grouped:
             k_BSGD, v_BSGD = (x.repeat_interleave(q_BTHD.shape[2] // x.shape[2], dim=2) for x in (k_BSGD, v_BSGD))
-        return fmha.memory_efficient_attention(q_BTHD, k_BSGD, v_BSGD, attn_bias=mask)
+        try:
+            return fmha.memory_efficient_attention(q_BTHD, k_BSGD, v_BSGD, attn_bias=mask)
+        except NotImplementedError as error:  # xformers without its CUDA operators, or none for these inputs
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"attn_impl: fmha cannot run here, use sdpa or flex_attention ({reason} ...)") from None
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
     if attn_impl == "flex_attention":
         if not isinstance(mask, BlockMask):

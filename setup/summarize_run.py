@@ -28,6 +28,7 @@ def main() -> None:
     slots = validation["memory_slots"]
     # The median: a lap in which the machine was busy with something else says little.
     speed = statistics.median(line["speed/wps"] for line in metrics)
+    used = f"{slots['read']:,} of {slots['total']:,} ({slots['read'] / slots['total']:.0%})"
     rows = [
         ("parameters, dense", dense),
         ("parameters, memory", memory),
@@ -35,7 +36,7 @@ def main() -> None:
         (f"loss at step {last['global_step']}", f"{last['loss/out']:.3f}"),
         ("validation bits per byte", f"{validation[source]['bits_per_byte']:.3f}"),
         ("training tokens per second", f"{speed:,.0f}"),
-        ("memory slots used in validation", f"{slots['read']:,} of {slots['total']:,} ({slots['read'] / slots['total']:.0%})"),
+        ("memory slots used in validation", used),
         ("checkpoints, metrics, log", f"{dump_dir}"),
         ("validation, continuation", f"{results}"),
     ]

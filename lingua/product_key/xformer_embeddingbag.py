@@ -1,14 +1,15 @@
 """The weighted lookup: for each token, the sum of `weight * table[slot]` over its bag of slots.
 
-PyTorch's operator does it, but on a CPU it sums the gradient of a half-precision table in that precision, which loses
-the small terms of slots that many tokens read; there the gradient is summed in fp32 here.
+PyTorch's operator does it for fp32 tables. For a half-precision table its backward lacks the gradient of the weights on
+CUDA, and on a CPU sums the table's gradient in that precision, which loses the small terms of slots that many tokens
+read; so both gradients are worked out here, in fp32.
 """
 
 import torch
 import torch.nn.functional as F
 
-# Tokens whose slots are gathered at once in the half-precision backward: bounds its memory to a few rows per slot.
-CHUNK = 256
+# Elements that the half-precision backward gathers at once: bounds its memory to a few times 64 MiB.
+CHUNK_ELEMENTS = 2**24
 
 
 def xformers_embedding_bag(
@@ -31,7 +32,7 @@ def xformers_embedding_bag(
             f"indices {tuple(indices.shape)} and per_sample_weights {tuple(per_sample_weights.shape)} must be (N, bag)"
         )
     per_sample_weights = per_sample_weights.to(weight.dtype)
-    if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+    if weight.dtype in (torch.bfloat16, torch.float16):
         return _HalfPrecisionBag.apply(indices, weight, per_sample_weights)
     return F.embedding_bag(indices, weight, per_sample_weights=per_sample_weights, mode="sum")
 
@@ -48,10 +49,11 @@ class _HalfPrecisionBag(torch.autograd.Function):
     def backward(ctx, grad):
         indices, weight, per_sample_weights = ctx.saved_tensors
         slots, positions = torch.unique(indices, return_inverse=True)
-        rows = torch.zeros(len(slots), weight.shape[1], dtype=torch.float32)
-        grad_per_sample = torch.empty(indices.shape, dtype=torch.float32)
-        for start in range(0, len(indices), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        rows = torch.zeros(len(slots), weight.shape[1], dtype=torch.float32, device=weight.device)
+        grad_per_sample = torch.empty(indices.shape, dtype=torch.float32, device=weight.device)
+        tokens = max(CHUNK_ELEMENTS // max(indices.shape[1] * weight.shape[1], 1), 1)
+        for start in range(0, len(indices), tokens):
+            chunk = slice(start, start + tokens)
             grad_ND = grad[chunk].float()
             grad_per_sample[chunk] = torch.einsum("nkd,nd->nk", weight[indices[chunk]].float(), grad_ND)
             terms_NKD = grad_ND[:, None] * per_sample_weights[chunk].float()[..., None]

@@ -1,0 +1,138 @@
+"""What needs a CUDA device: `pytest -m gpu` runs all of it in one call."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from apps.main.transformer import LMTransformer, LMTransformerArgs
+from lingua.optim import OptimArgs, build_optimizer, clip_gradients
+from lingua.product_key.memory import HashingMemory, ProductKeyArgs
+from lingua.transformer import attend, create_causal_mask
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def relative_error(actual, expected):
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def fmha_has_operators():
+    fmha = pytest.importorskip("xformers.ops").fmha
+    x = torch.zeros(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    try:
+        fmha.memory_efficient_attention(x, x, x, attn_bias=fmha.attn_bias.LowerTriangularMask())
+    except NotImplementedError:
+        return False
+    return True
+
+
+def test_fmha_without_operators_says_so():
+    if fmha_has_operators():
+        pytest.skip("this xformers has them")
+    x = torch.zeros(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="attn_impl: fmha cannot run here"):
+        attend(x, x, x, create_causal_mask(8, "fmha"), "fmha")
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("impl", ["sdpa", "flex_attention", "fmha"])
+def test_attention_implementations_agree(impl, kv_heads, window):
+    if impl == "fmha" and not fmha_has_operators():
+        pytest.skip("this xformers was built without CUDA operators")
+    torch.manual_seed(0)
+    shapes = [(2, 256, heads, 64) for heads in (4, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    results = []
+    for name, dtype in (("sdpa", torch.float64), (impl, torch.bfloat16)):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+        mask = create_causal_mask(256, name, window, torch.device("cuda"))
+        y = attend(q, k, v, mask, name)
+        y.backward(torch.ones_like(y))
+        results.append([y, q.grad, k.grad, v.grad])
+    for expected, actual in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peer", [False, True])
+def test_memory_as_on_the_cpu(peer, dtype):
+    memory = HashingMemory(48, 48, mem_n_keys=37, mem_heads=3, mem_knn=7, mem_k_dim=16, peer_variant=peer)
+    for table in memory.tables:
+        table.to(dtype)
+    x = torch.randn(2, 50, 48)
+    results = []
+    for device in ("cpu", "cuda"):
+        memory.to(device).zero_grad()
+        y = memory(x.to(device))
+        y.square().sum().backward()
+        results.append({"y": y, **{name: p.grad.clone() for name, p in memory.named_parameters()}})
+    for name, expected in results[0].items():
+        assert relative_error(results[1][name], expected) < (1e-4 if dtype == torch.float32 else 2e-2), name
+
+
+@pytest.mark.parametrize("case", ["train_dense.npz", "train_memory.npz"])
+def test_golden_losses(case):
+    manifest = json.loads((GOLDEN / "manifest.json").read_text())
+    entry = next(entry for entry in manifest if entry.get("file") == case)
+    file = np.load(GOLDEN / case)
+    args = LMTransformerArgs(**entry["model"], productkey_args=ProductKeyArgs(**entry["productkey_args"]))
+    model = LMTransformer(args).cuda()
+    model.load_state_dict({key[5:]: torch.from_numpy(file[key]) for key in file if key.startswith("init.")})
+    optimizer, scheduler = build_optimizer(model, OptimArgs(**entry["optim"]), entry["n_steps"])
+    for batch, expected in zip(torch.from_numpy(file["tokens"]).cuda(), file["losses"], strict=True):
+        loss = model(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        clip_gradients(model, entry["optim"]["clip"])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        assert loss.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_train_stop_and_resume(tmp_path):
+    """In bf16, the published default: USR2 stops it with a checkpoint, and it goes on to the end."""
+    source = tmp_path / "data" / "words"
+    source.mkdir(parents=True)
+    lines = [json.dumps({"text": f"document {i} " * 50}) for i in range(200)]
+    (source / "words.chunk.00.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "apps.main.train", f"dump_dir={tmp_path}/run", f"data.root_dir={tmp_path}/data"]
+    command += ["data.sources.words=1", "data.seq_len=128", "model.dim=64", "model.n_heads=2", "model.n_layers=4"]
+    command += [
+        "model.productkey_args.is_enabled=true",
+        "model.productkey_args.layers=1,3",
+        "steps=600",
+        "logging.freq=1",
+    ]
+    command += ["model.productkey_args.mem_n_keys=64", "model.productkey_args.mem_k_dim=32", "optim.warmup=10"]
+    command += ["model.productkey_args.mem_heads=2"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ)
+    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 5):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(120) == 0
+    stopped_at = json.loads(metrics.read_text().splitlines()[-1])["global_step"]
+    assert stopped_at < 600
+    assert (tmp_path / "run" / "checkpoints" / f"{stopped_at:010d}").is_dir()
+    subprocess.run(command, cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == list(range(1, 601))
+    assert rows[-1]["loss/out"] < 1.0
+    assert rows[-1]["memory/max_active_gib"] > 0
