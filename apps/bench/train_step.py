@@ -1,0 +1,101 @@
+"""Training steps of a config's memory model beside the same model with feed-forwards in place of its memories.
+
+    python -m apps.bench.train_step config=apps/main/configs/debug.yaml [rounds=10] [out=result.json]
+
+Both train on random tokens, in turns, so that whatever else the machine does falls on both alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from apps.bench.report import report
+from apps.main.train import TrainArgs, build_model
+from apps.main.transformer import count_flops_per_token, count_parameters
+from lingua.args import parse_args
+from lingua.distributed import DTYPES, find_world, run_main
+from lingua.optim import build_optimizer, clip_gradients
+from lingua.tokenizer import build_tokenizer
+
+
+@dataclass
+class BenchArgs(TrainArgs):
+    """A training config; `rounds` of `steps_per_round` steps are measured, one more is thrown away."""
+
+    rounds: int = 10
+    steps_per_round: int = 3
+    out: str | None = None
+
+
+def build_step(args: TrainArgs, device: torch.device) -> tuple[torch.nn.Module, Callable[[], None]]:
+    """A model and a function that trains it one step."""
+    model = build_model(args).to_empty(device=device)
+    model.init_weights()
+    optimizer, _ = build_optimizer(model, args.optim, args.steps)
+    dtype = DTYPES[args.distributed.model_dtype]
+    tokens = torch.randint(args.model.vocab_size, (args.data.batch_size, args.data.seq_len + 1), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        clip_gradients(model, args.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return model, step
+
+
+def main() -> None:
+    args = parse_args(BenchArgs)
+    if args.rounds < 1 or args.steps_per_round < 1:
+        raise ValueError("rounds, steps_per_round: must be 1 or more")
+    if not args.model.productkey_args.is_enabled:
+        raise ValueError(
+            "model.productkey_args.is_enabled: false, so there is nothing to compare; name a memory config"
+        )
+    args.model.max_seqlen = args.data.seq_len
+    if args.model.vocab_size == -1:
+        args.model.vocab_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
+    device = find_world().device
+    dense_args = copy.deepcopy(args)
+    dense_args.model.productkey_args.is_enabled = False
+    contestants = {"memory": build_step(args, device), "dense": build_step(dense_args, device)}
+
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(args.rounds + 1):
+        for name, (_, step) in contestants.items():
+            start = time.perf_counter()
+            for _ in range(args.steps_per_round):
+                step()
+            times[name].append((time.perf_counter() - start) / args.steps_per_round)
+    tokens = args.data.batch_size * args.data.seq_len
+    seconds = {name: statistics.median(laps[1:]) for name, laps in times.items()}
+    rows = []
+    for name, (model, _) in contestants.items():
+        dense, memory = count_parameters(model)
+        flops = count_flops_per_token(model, args.data.seq_len) * tokens
+        rows.append(
+            {
+                "model": name,
+                "dense params": dense,
+                "memory params": memory,
+                "s/step": seconds[name],
+                "tokens/s": tokens / seconds[name],
+                "GFLOP/s": flops / seconds[name] / 1e9,
+                "of dense": seconds["dense"] / seconds[name],
+            }
+        )
+    report(f"training step, {args.name}, {args.data.batch_size} x {args.data.seq_len} tokens", rows, args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)
