@@ -7,9 +7,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -233,12 +235,22 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 class StopSignal:
-    """Remembers USR2 (SLURM's warning before the end of a job) and TERM, for the training loop to answer."""
+    """Remembers, within its `with`, USR2 (SLURM's warning before a job's end) and TERM, for the loop to answer."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        # Other threads cannot receive signals; training in one goes without.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
         self.name = signal.Signals(number).name

@@ -9,23 +9,33 @@ from pathlib import Path
 FORMAT = "%(levelname).1s %(asctime)s %(rank)s%(message)s"
 
 
+class _TerminalHandler(logging.StreamHandler):
+    """Of a class of its own, so that a second run in a process finds the first one's and replaces it."""
+
+
 def init_logger(rank: int = 0, world_size: int = 1) -> None:
     """Sends this process's log records to the terminal; call it before the first message."""
-    first = rank == 0
-    handler = logging.StreamHandler(sys.stdout if first else sys.stderr)
-    handler.setLevel(logging.INFO if first else logging.WARNING)
+    root = logging.getLogger()
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler, _TerminalHandler)]
+    handler = _TerminalHandler(sys.stdout if rank == 0 else sys.stderr)
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     _add(handler, f"[rank {rank}] " if world_size > 1 else "")
     logging.captureWarnings(True)
 
 
-def add_log_file(file: Path, rank: int = 0) -> None:
-    """Appends the first rank's records to `file` too."""
-    if rank == 0:
-        _add(logging.FileHandler(file, encoding="utf-8"), "")
+def add_log_file(file: Path) -> logging.Handler:
+    """Appends this process's records to `file` too, until `remove_log_file`."""
+    return _add(logging.FileHandler(file, encoding="utf-8"), "")
 
 
-def _add(handler: logging.Handler, rank: str) -> None:
+def remove_log_file(handler: logging.Handler) -> None:
+    logging.getLogger().removeHandler(handler)
+    handler.close()
+
+
+def _add(handler: logging.Handler, rank: str) -> logging.Handler:
     handler.setFormatter(logging.Formatter(FORMAT, "%y-%m-%d %H:%M:%S", defaults={"rank": rank}))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)
+    return handler

@@ -56,7 +56,7 @@ from lingua.distributed import (
     validate_distributed_args,
     validate_environment,
 )
-from lingua.logger import add_log_file, init_logger
+from lingua.logger import add_log_file, init_logger, remove_log_file
 from lingua.metrics import (
     LoggingArgs,
     MetricsLogger,
@@ -349,13 +349,25 @@ def format_log_line(metrics: dict[str, Any], power: float | None) -> str:
     )
 
 
-def open_logs(run: Run) -> None:
-    """Makes dump_dir on the first rank: config.yaml, train.log, metrics.jsonl."""
+@contextlib.contextmanager
+def collecting_by_steps() -> Iterator[None]:
+    """Python's garbage collector off: a rank that collects when it likes makes the others wait, so all do together."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def open_logs(run: Run) -> Iterator[None]:
+    """Makes dump_dir on the first rank, with config.yaml, train.log, metrics.jsonl; closes the logs at the end."""
     if run.world.rank != 0:
+        yield
         return
     args, folder = run.args, Path(run.args.dump_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    add_log_file(folder / "train.log")
+    log_file = add_log_file(folder / "train.log")
     beside = folder / "config.yaml.tmp"
     beside.write_text(to_yaml(args), encoding="utf-8")
     beside.rename(folder / "config.yaml")
@@ -365,6 +377,11 @@ def open_logs(run: Run) -> None:
     wandb_args = None if args.logging.wandb is None else {"name": args.name, **args.logging.wandb}
     run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_args, to_dict(args))
     log_start(args, run.world, run.model)
+    try:
+        yield
+    finally:
+        run.metrics.close()
+        remove_log_file(log_file)
 
 
 def train(args: TrainArgs) -> None:
@@ -379,7 +396,7 @@ def train(args: TrainArgs) -> None:
     set_environment(args.env)
     set_torch_options(args)
     with contextlib.ExitStack() as stack:
-        stop_signal = StopSignal()
+        stop_signal = stack.enter_context(StopSignal())
         stack.enter_context(process_group(world))
         run = Run(args, world)
         resume_from = run.find_place()
@@ -389,21 +406,18 @@ def train(args: TrainArgs) -> None:
         for key, folder in (("dump_dir", Path(args.dump_dir)), ("checkpoint.path", run.checkpoints.path)):
             check_writable(key, folder, checkpoint_bytes(run.model))
         logger.info("filling the shuffle buffer: %s rows", args.data.prefetch_size * args.data.batch_size)
+        stack.enter_context(collecting_by_steps())
         loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
         batches = itertools.chain([next(loader)], loader)
         run.materialize(resume_from)
-        open_logs(run)
+        stack.enter_context(open_logs(run))
         run.checkpoints.clean_up()
         logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
         train_steps(run, batches, stop_signal)
-        if run.metrics is not None:
-            run.metrics.close()
 
 
 def train_steps(run: Run, batches: Iterator[tuple[np.ndarray, dict[str, Any]]], stop_signal: StopSignal) -> None:
     """The loop. The last step is checkpointed whatever the schedule of checkpoints says."""
-    # A collection at a moment of each rank's own makes the others wait; so all collect at the same steps.
-    gc.disable()
     run.stopwatch.restart_lap()
     while run.step < run.args.steps:
         step = run.train_step(batches)
