@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
+from lingua.product_key.xformer_embeddingbag import slot_products
 
 
 @dataclass
@@ -182,9 +183,7 @@ class HashingMemory(nn.Module):
         if not self.peer_variant:
             return self.tables[0](slots, weights)
         down, up = self.tables
-        rows = F.embedding(slots, down.weight)
-        hidden = torch.einsum("nc,nkc->nk", x_NC.to(rows.dtype), rows)
-        return up(slots, weights * F.gelu(hidden.float()))
+        return up(slots, weights * F.gelu(slot_products(slots, down.weight, x_NC)))
 
 
 def _check_sizes(
