@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-T = TypeVar("T")
+T, R, P = TypeVar("T"), TypeVar("R"), ParamSpec("P")
 
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth(?!or)|cookie|private|session|dsn|webhook", re.IGNORECASE)
 
@@ -30,16 +31,32 @@ def looks_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def _environment_resolver(name: str, default: str | None = None) -> str | None:
+def _environment_resolver(name: str, *default: str | None) -> str | None:
     """`${oc.env:NAME}`, but not for secrets: the value would be saved with the config."""
     if looks_secret(name):
         raise ValueError(f"${{oc.env:{name}}} looks like a secret, which does not belong in a config")
-    return os.environ.get(name, default)
+    if name not in os.environ and not default:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ.get(name, *default)
 
 
 OmegaConf.register_resolver("oc.env", _environment_resolver, replace=True)
 
 
+def _in_one_line(function: Callable[P, R]) -> Callable[P, R]:
+    """What users give may hold line breaks; what they are told about it does not."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+
+    return wrapper
+
+
+@_in_one_line
 def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
     """An instance of dataclass `cls` from `key=value` arguments (default: the command line).
 
@@ -48,49 +65,76 @@ def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
     argv = sys.argv[1:] if argv is None else argv
     for argument in argv:
         if not re.match(r"[^=\s][^=]*=", argument):
-            raise ValueError(f"argument '{argument}': wanted key=value, such as optim.lr=1e-4")
+            raise ValueError(f"argument {argument!r}: wanted key=value, such as optim.lr=1e-4")
     files = [argument.partition("=")[2] for argument in argv if argument.startswith("config=")]
     if len(files) > 1:
         raise ValueError(f"config: given {len(files)} times; one file can be read")
     config = OmegaConf.structured(cls)
     for file in files:
         config = _merge(cls, config, read_yaml(file), file)
-    try:
-        given = OmegaConf.from_dotlist([argument for argument in argv if not argument.startswith("config=")])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"command line: {_first_line(error)}") from None
-    return _to_object(_merge(cls, config, given, "command line"))
+    for argument in argv:
+        if not argument.startswith("config="):
+            config = _merge(cls, config, _read_argument(argument), "command line")
+    return _to_object(config)
 
 
+@_in_one_line
 def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
-    """An instance of dataclass `cls` from nested dictionaries; `origin` says in errors where they come from."""
-    return _to_object(_merge(cls, OmegaConf.structured(cls), OmegaConf.create(dict(values)), origin))
+    """An instance of dataclass `cls` from nested dictionaries, such as `to_dict` gives.
+
+    Raises ValueError for what does not fit, with `origin` as where the values come from.
+    """
+    return _to_object(_merge(cls, OmegaConf.structured(cls), OmegaConf.create(_escape(dict(values))), origin))
 
 
 def to_dict(args: object) -> dict[str, Any]:
     """Plain, JSON-ready values of a dataclass instance."""
-    return OmegaConf.to_container(OmegaConf.structured(args), resolve=True)
+    return dataclasses.asdict(args)
 
 
 def to_yaml(args: object) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(args), resolve=True)
+    """YAML that `config=` reads back as the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(args))))
 
 
+def _escape(value: Any) -> Any:
+    """Values as they are, for OmegaConf, which would take ${...} in a string for an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escape(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    return value
+
+
+@_in_one_line
 def read_yaml(file: str) -> DictConfig:
     """Raises ValueError where the file is missing or no YAML mapping, with the line."""
-    if not Path(file).is_file():
-        raise ValueError(f"config: no file '{file}' (from {os.getcwd()})")
+    try:
+        if not Path(file).is_file():
+            raise ValueError(f"config: no file '{file}' (from {os.getcwd()})")
+    except OSError as error:
+        raise ValueError(f"config: {_first_line(error)}") from None
     try:
         loaded = OmegaConf.load(file)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else file
         raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or _first_line(error)})") from None
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except Exception as error:  # of the disk, the encoding, or any kind out of the constructors of YAML tags
         raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from None
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{file}: wanted a mapping of keys to values")
     return loaded
+
+
+def _read_argument(argument: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except Exception as error:  # of any kind, as in read_yaml
+        key, _, value = argument.partition("=")
+        raise ValueError(f"{key}: {value!r} cannot be read (from command line; {_first_line(error)})") from None
 
 
 def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig:

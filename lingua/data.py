@@ -79,8 +79,9 @@ def validate_data_args(args: DataArgs) -> None:
     for source, weight in args.sources.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"data.sources.{source}: weight {weight} must be a number of 0 or more")
-    if sum(args.sources.values()) <= 0:
-        raise ValueError("data.sources: all weights are 0; give at least one source a weight above 0")
+    if not 0 < sum(args.sources.values()) < math.inf:
+        total = "0" if sum(args.sources.values()) == 0 else "too large to add up"
+        raise ValueError(f"data.sources: all weights are {total}; give at least one source a weight above 0")
     if args.root_dir is None:
         raise ValueError("data.root_dir: not set; name the folder that holds the sources")
     if not Path(args.root_dir).is_dir():
@@ -134,7 +135,7 @@ def parse_document(line: bytes, path: Path, number: int) -> str:
     where = f"{path}:{number}"
     try:
         document = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
         raise ValueError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(document, dict):
         raise ValueError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
@@ -471,10 +472,11 @@ class _Worker:
         self._closing.set()
         self._process.kill()
         self._process.wait()
-        while self._thread.is_alive():
+        while self._thread.is_alive() or not self._queue.empty():
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.01)
         self._process.stdout.close()
+        self._queue.put(RuntimeError("data: the loader is closed"))
 
     def _receive(self) -> None:
         try:

@@ -44,8 +44,8 @@ def validate_optim_args(args: OptimArgs) -> None:
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"optim.{name}: {getattr(args, name)} must be at least 0 and below 1")
     for name in ("clip", "cycle_length", "cosine_theta", "exp_factor"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"optim.{name}: {getattr(args, name)} must be above 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"optim.{name}: {getattr(args, name)} must be a number above 0")
     if not 0 <= args.decay_fraction <= 1:
         raise ValueError(f"optim.decay_fraction: {args.decay_fraction} must be between 0 and 1")
     if args.scheduler == "wsd" and not args.lr_min_ratio > 0:
@@ -128,6 +128,7 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int) -> tuple[Ad
     The tables' group has the learning rate `value_fixed_lr` where that is set; the schedule's factor applies to it too.
     The memories' other parameters train like the dense ones; that they stand apart is the published order of groups.
     """
+    validate_optim_args(args)
     kinds = split_parameters(model)
     groups = [{"params": kinds["dense"], "lr": args.lr}]
     if kinds["values"]:
@@ -145,6 +146,7 @@ def set_schedule_step(optimizer: AdamW, scheduler: LambdaLR, step: int) -> None:
     scheduler.last_epoch = step
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(step)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -65,6 +65,14 @@ def head_sizes(args: BaseTransformerArgs) -> tuple[int, int, int]:
     return head_dim, n_heads, n_kv_heads
 
 
+def hidden_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Of the feed-forward: two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
+    hidden = int(2 * 4 * dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden = int(ffn_dim_multiplier * hidden)
+    return multiple_of * -(-hidden // multiple_of)
+
+
 def validate_transformer_args(args: BaseTransformerArgs) -> None:
     """Raises ValueError, one line that names the key, for sizes that cannot work. Allocates nothing."""
     for name in ("dim", "n_layers", "multiple_of", "max_seqlen"):
@@ -72,8 +80,10 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
             raise ValueError(f"model.{name}: {getattr(args, name)} is too small, it must be 1 or more")
     for name in ("norm_eps", "rope_theta", "init_base_std", "ffn_dim_multiplier"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"model.{name}: {value} must be above 0")
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"model.{name}: {value} must be a number above 0")
+    if hidden_size(args.dim, args.multiple_of, args.ffn_dim_multiplier) < 1:
+        raise ValueError(f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} leaves the feed-forward no hidden units")
     if args.init_std_factor not in INIT_STD_FACTORS:
         raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
@@ -230,10 +240,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
         super().__init__()
-        hidden = int(2 * 4 * dim / 3)
-        if ffn_dim_multiplier is not None:
-            hidden = int(ffn_dim_multiplier * hidden)
-        hidden = multiple_of * -(-hidden // multiple_of)
+        hidden = hidden_size(dim, multiple_of, ffn_dim_multiplier)
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)

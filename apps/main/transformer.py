@@ -50,12 +50,14 @@ class LMTransformer(BaseTransformer):
         validate_model_args(args)
         if args.vocab_size < 1:
             raise ValueError(f"model.vocab_size: {args.vocab_size} is no size; take the tokenizer's n_words")
-        super().__init__(args)
+        # What the parts draw when they are made is drawn anew below, and is nobody else's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(args)
+            self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+            self.norm = RMSNorm(args.dim, args.norm_eps)
+            self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.seed = args.seed
         self.sliding_window = args.sliding_window
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.weight_tying:
             self.register_load_state_dict_pre_hook(_drop_tied_output)
         if not self.tok_embeddings.weight.is_meta:

@@ -102,7 +102,9 @@ class HashingMemory(nn.Module):
         owner: HashingMemory | None = None,
     ):
         super().__init__()
-        _check_sizes(input_dim, output_dim, mem_n_keys, mem_heads, mem_knn, mem_k_dim, mem_v_dim, peer_variant)
+        _check_sizes(
+            input_dim, output_dim, mem_n_keys, mem_heads, mem_knn, mem_k_dim, mem_v_dim, peer_variant, value_fixed_lr
+        )
         self.input_dim, self.output_dim = input_dim, output_dim
         self.n_keys, self.heads, self.knn, self.k_dim = mem_n_keys, mem_heads, mem_knn, mem_k_dim
         self.size = mem_n_keys**2
@@ -137,7 +139,7 @@ class HashingMemory(nn.Module):
         nn.init.zeros_(query.bias)
         for projection in (self.swilu_projection, self.value_proj, self.gating):
             if projection is not None:
-                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+                nn.init.normal_(projection.weight, std=self.input_dim**-0.5)
                 nn.init.zeros_(projection.bias)
         if not self._owner:
             for table in self.tables:
@@ -187,12 +189,24 @@ class HashingMemory(nn.Module):
 
 
 def _check_sizes(
-    input_dim: int, output_dim: int, n_keys: int, heads: int, knn: int, k_dim: int, v_dim: int, peer_variant: bool
+    input_dim: int,
+    output_dim: int,
+    n_keys: int,
+    heads: int,
+    knn: int,
+    k_dim: int,
+    v_dim: int,
+    peer_variant: bool,
+    value_fixed_lr: float | None,
 ) -> None:
     key = "model.productkey_args."
     for name, value in (("mem_n_keys", n_keys), ("mem_heads", heads), ("mem_knn", knn), ("mem_k_dim", k_dim)):
         if value < 1:
             raise ValueError(f"{key}{name}: {value} is too small, it must be 1 or more")
+    if value_fixed_lr is not None and not 0 <= value_fixed_lr < float("inf"):
+        raise ValueError(
+            f"{key}value_fixed_lr: {value_fixed_lr} must be a number of 0 or more, or null for the model's lr"
+        )
     if k_dim % 2:
         raise ValueError(f"{key}mem_k_dim: {k_dim} is odd; the query is split in halves, so it must be even")
     if knn > n_keys:
@@ -213,8 +227,10 @@ def _candidate_pairs(knn: int, device: torch.device) -> tuple[torch.Tensor, torc
     (i+1)(j+1) <= knn: 119 pairs instead of 1,024 at knn 32.
     """
     pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
-    ranks = torch.tensor(pairs, dtype=torch.int64, device=device)
-    return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
+    # Kept for later calls, so not of inference mode even if this one is in it: autograd refuses such tensors.
+    with torch.inference_mode(False):
+        ranks = torch.tensor(pairs, dtype=torch.int64, device=device)
+        return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
 
 
 def count_lookup_flops(memory: HashingMemory) -> int:
