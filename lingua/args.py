@@ -23,7 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 T, R, P = TypeVar("T"), TypeVar("R"), ParamSpec("P")
 
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth(?!or)|cookie|private|session|dsn|webhook", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|passw|credential|api_?key|(^|_)(keys?|tokens?|auth|cookies?|private|dsn|webhook|jwt|pat|pwd)(_|$)",
+    re.IGNORECASE,
+)
 
 
 def looks_secret(name: str) -> bool:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lingua.distributed import raise_everywhere
+from lingua.distributed import together
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +101,15 @@ class CheckpointManager:
         final, beside = self.path / f"{step:010d}", self.path / f".{step:010d}.tmp"
         try:
             self._on_first_rank(lambda: self._make_room(beside))
-            self._everywhere(lambda: self._write(beside, model, optimizer, train_state, config))
+            with together():
+                self._write(beside, model, optimizer, train_state, config)
             self._on_first_rank(lambda: self._put_in_place(beside, final))
-        except (OSError, ValueError) as error:
+        except BaseException as error:
             if self.rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-            raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
+            if isinstance(error, (OSError, ValueError)):
+                raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
+            raise
         if self.rank == 0:
             self._retain(newest=step)
         return final
@@ -129,8 +132,10 @@ class CheckpointManager:
         try:
             with _without_warnings():
                 dcp.save(state, storage_writer=FileSystemWriter(folder), no_dist=not dist.is_initialized())
-        except Exception as error:
-            raise OSError(_root_cause(error)) from None
+        except (Exception, CheckpointException) as error:
+            # Some of torch's errors on a full disk do not say that it is full.
+            full = "No space left on device: " if shutil.disk_usage(folder).free < 2**20 else ""
+            raise OSError(full + _root_cause(error)) from None
         _write_json(folder / f"train_state_{self.rank:05d}.json", train_state)
         if self.rank == 0:
             _write_json(folder / CONFIG_FILE, config)
@@ -160,16 +165,10 @@ class CheckpointManager:
             (self.path / f"{step:010d}").rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
-    def _everywhere(self, action: Callable[[], None]) -> None:
-        error = None
-        try:
-            action()
-        except (OSError, ValueError) as caught:
-            error = caught
-        raise_everywhere(error)
-
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        self._everywhere(action if self.rank == 0 else lambda: None)
+        with together():
+            if self.rank == 0:
+                action()
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -211,7 +210,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     _refuse_damaged(folder)
     model_state = get_model_state_dict(model)
     optimizer_state = get_optimizer_state_dict(model, optimizer)
-    _read_distributed(folder, {"model": model_state, "optim": {"state": optimizer_state["state"]}})
+    _read_distributed(folder, {"model": model_state, "optim": {"state": optimizer_state["state"]}}, model)
     set_model_state_dict(model, model_state)
     set_optimizer_state_dict(model, optimizer, optimizer_state)
 
@@ -230,7 +229,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     elif (path / ".metadata").is_file():
         _refuse_damaged(path)
         state = get_model_state_dict(model)
-        _read_distributed(path, {"model": state})
+        _read_distributed(path, {"model": state}, model)
         set_model_state_dict(model, state)
     else:
         raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
@@ -239,6 +238,8 @@ def load_model(path: Path, model: nn.Module) -> None:
 def read_train_state(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One data-parallel rank's step and place in the data. Raises ValueError where it was written by other ranks."""
     written = len(list(folder.glob("train_state_*.json")))
+    if written == 0:
+        raise ValueError(f"no checkpoint of a training run in '{folder}': no train_state_*.json is there")
     if written != world_size:
         raise ValueError(
             f"{folder}: written by {written} data-parallel ranks, and this run has {world_size}, which is not "
@@ -310,9 +311,8 @@ def _refuse_damaged(folder: Path) -> None:
         raise ValueError(f"{folder}: not a whole distributed checkpoint; {problem}")
 
 
-def _read_distributed(folder: Path, state: dict[str, Any]) -> None:
-    """Fills the tensors of `state` from the folder."""
-    # Keys of the checkpoint that nobody asks for are left unread: a published one repeats shared tables.
+def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module | None = None) -> None:
+    """Fills the tensors of `state` from the folder. With a model, the folder must not hold parameters that it lacks."""
     found, wanted = _stored_tensors(read_metadata(folder)), _flatten(state)
     for key, tensor in wanted.items():
         if key in found and tensor.shape != found[key].size:
@@ -323,8 +323,28 @@ def _read_distributed(folder: Path, state: dict[str, Any]) -> None:
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"{folder}: the checkpoint lacks {some}; is it of a model with other `model` settings?")
-    with _without_warnings():
-        dcp.load(state, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
+    if model is not None:
+        _refuse_surplus(folder, found, wanted, model)
+    try:
+        with _without_warnings():
+            dcp.load(state, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{folder}: cannot be read; its files are damaged ({_root_cause(error)[:200]})") from None
+
+
+def _refuse_surplus(folder: Path, found: dict[str, Any], wanted: dict[str, Any], model: nn.Module) -> None:
+    stored = {
+        key.removeprefix("model."): torch.empty(entry.size, device="meta")
+        for key, entry in found.items()
+        if key.startswith("model.")
+    }
+    # The model knows which names are other names of the same thing: a published checkpoint repeats shared tables.
+    if hasattr(model, "canonicalize"):
+        model.canonicalize(stored)
+    surplus = sorted(key for key in stored if f"model.{key}" not in wanted)
+    if surplus:
+        some = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if len(surplus) > 3 else "")
+        raise ValueError(f"{folder}: the checkpoint has {some}, which this model lacks; check the `model` settings")
 
 
 def _stored_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

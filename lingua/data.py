@@ -382,6 +382,10 @@ def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) 
 
 def check_state_fits(args: DataArgs, state: State) -> None:
     """Raises ValueError, naming the first difference, if `state` was made with other data or arguments."""
+    if not isinstance(state, dict) or not {"made_with", "place"} <= state.keys():
+        raise ValueError(
+            "data: the checkpoint's loader state is not one of this code; start a new run from its weights"
+        )
     made_with = state["made_with"]
     for key, now in _describe(args, made_with["rank"], made_with["world_size"]).items():
         if made_with[key] != now:
@@ -439,18 +443,27 @@ def build_dataloader_from_args(args: DataArgs, state: State) -> Iterator[Iterato
 # Frames on the pipe: length of the header, header (JSON), raw bytes of the batch where the header tells a shape.
 
 
+# Signals to the job are the trainer's to answer; the worker goes when its pipe does.
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
 class _Worker:
     """Runs `serve_batches` in a process of its own and hands its batches on; ends with the process that made it."""
 
     def __init__(self, args: DataArgs, state: State):
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from lingua.data import serve_batches; serve_batches()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        # The worker inherits these signals blocked, so that none ends it before it has said that it ignores them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from lingua.data import serve_batches; serve_batches()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with contextlib.suppress(BrokenPipeError):  # it died at once: `_next` tells how
             self._process.stdin.write(json.dumps({"args": asdict(args), "state": state}).encode())
             self._process.stdin.close()
@@ -502,17 +515,19 @@ class _Worker:
             n = pipe.readinto(view)
             if not n:
                 code = self._process.wait()
-                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                raise RuntimeError(f"data: the loader's process ended ({how}); out of memory, or see its message above")
+                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                if -code in iter(signal.Signals):
+                    how = f"killed by {signal.Signals(-code).name}"
+                raise ChildProcessError(f"data: the loader's process ended ({how}); out of memory?")
             view = view[n:]
         return data
 
 
 def serve_batches() -> None:
     """The worker's main program: arguments and state as JSON on stdin, batches on stdout until the pipe closes."""
-    # Signals to the job are the trainer's to answer; this process goes when its pipe does.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
     # A library that prints would break the frames, so the pipe moves and stdout becomes stderr.
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 # After so long without an answer from another rank, a collective fails and names itself.
 TIMEOUT = timedelta(minutes=30)
+
+# Seconds that other ranks leave the first one to tell an error that all of them have.
+PATIENCE_WITH_FIRST_RANK = 10
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -199,17 +203,35 @@ def any_rank(flag: bool) -> bool:
     return reduce_sum([float(flag)])[0] > 0
 
 
-def raise_everywhere(error: Exception | None) -> None:
-    """Raises a ValueError or OSError on all ranks if one of them brought one: nobody is left waiting for the others."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what all ranks do: a ValueError or OSError of one of them ends it on all, and nobody is left waiting.
+
+    The first rank that has an error raises it; the others leave by SystemExit, silently.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
     if not dist.is_initialized():
         if error is not None:
             raise error
         return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else " ".join(str(error).split()))
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise error if error is not None else ValueError(f"rank {rank}: {message}")
+    failed = [False] * dist.get_world_size()
+    dist.all_gather_object(failed, error is not None)
+    if error is not None and failed.index(True) == dist.get_rank():
+        raise error
+    if any(failed):
+        sys.exit(1)
+
+
+def _leave(code: object) -> None:
+    """Ends the process; at once where a process group is left, which could wait for the others on its way out."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -222,11 +244,15 @@ def run_main(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("LINGUA_TRACEBACK"):
             raise
-        # What is wrong before the ranks have met is wrong on all of them alike: the first one says it.
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            sys.stdout.flush()
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
-        os._exit(1) if dist.is_initialized() else sys.exit(1)
+        if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
+            # What is wrong before the ranks have met is mostly wrong on all of them: let the first one say it, after
+            # which torchrun ends the others.
+            time.sleep(PATIENCE_WITH_FIRST_RANK)
+        sys.stdout.flush()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+        _leave(1)
+    except SystemExit as leaving:
+        _leave(leaving.code)
     except KeyboardInterrupt:
         sys.exit(130)
 

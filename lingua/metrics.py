@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import torch
 
+from lingua.args import looks_secret
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,26 +41,25 @@ def validate_logging_args(args: LoggingArgs) -> None:
     if args.wandb is not None:
         import wandb
 
-        known = inspect.signature(wandb.init).parameters
+        known = [name for name in inspect.signature(wandb.init).parameters if name != "config"]
         for name in args.wandb:
             if name not in known:
                 raise ValueError(f"logging.wandb.{name}: wandb.init has no such argument; it has {', '.join(known)}")
 
 
 class MetricsLogger:
-    """Appends one JSON object a line to `file`, and sends the same to wandb where it is configured."""
+    """Appends one JSON object a line to `file`, and sends the same to a wandb run where there is one."""
 
-    def __init__(self, file: Path, wandb_args: dict[str, Any] | None = None, config: dict[str, Any] | None = None):
+    def __init__(self, file: Path, wandb_run: Any = None):
         self._file = open(file, "a", encoding="utf-8")
-        self._wandb = None
-        if wandb_args is not None:
-            self._wandb = _start_wandb(file.parent, wandb_args, config)
+        self._wandb = wandb_run
 
     def log(self, metrics: dict[str, Any]) -> None:
         stamped = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
         self._file.write(json.dumps(stamped) + "\n")
         self._file.flush()
-        if self._wandb is not None:
+        # wandb keeps one value of each name a step: that of the whole step, not of a batch within the next.
+        if self._wandb is not None and metrics["acc_step"] == 0:
             self._wandb.log(metrics, step=metrics["global_step"])
 
     def close(self) -> None:
@@ -67,8 +68,11 @@ class MetricsLogger:
             self._wandb.finish()
 
 
-def _start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any] | None) -> Any:
-    """A wandb run whose files lie in `folder`, and which goes on as the same one when training is resumed there."""
+def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any]) -> Any:
+    """A wandb run whose files lie in `folder`, and which goes on as the same one when training is resumed there.
+
+    `arguments`: of wandb.init. Raises ValueError where wandb refuses to start.
+    """
     import wandb
 
     id_file = folder / "wandb_run_id"
@@ -76,20 +80,33 @@ def _start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any]
         id_file.write_text(uuid.uuid4().hex[:8])
     defaults = {"dir": str(folder), "id": id_file.read_text(), "resume": "allow"}
     try:
-        return wandb.init(**{**defaults, **arguments}, config=config)
+        with _without_slurm_secrets():
+            return wandb.init(**{**defaults, **arguments}, config=config)
     except (wandb.Error, TypeError, ValueError) as error:
         raise ValueError(f"logging.wandb: wandb does not start ({error})") from None
 
 
+@contextlib.contextmanager
+def _without_slurm_secrets() -> Iterator[None]:
+    """wandb saves all of SLURM's variables with a run, and one of them can be a token."""
+    hidden = {
+        name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_") and looks_secret(name)
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def drop_metrics_after(file: Path, step: int) -> int:
-    """Takes lines past `step`, and one cut off by a kill, out of a metrics file, before those steps are run again.
+    """Takes lines past the end of `step`, and one cut off by a kill, out of a metrics file before all that runs again.
 
     Returns how many. The file is replaced whole.
     """
     if not file.exists():
         return 0
     lines = file.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _place_of(line) <= (step, 0)]
     if len(kept) < len(lines):
         beside = file.with_name(file.name + ".tmp")
         beside.write_bytes(b"".join(kept))
@@ -97,11 +114,13 @@ def drop_metrics_after(file: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
-def _step_of(line: bytes) -> float:
+def _place_of(line: bytes) -> tuple[float, float]:
+    """Steps done, and batches of the next one."""
     try:
-        return json.loads(line)["global_step"]
+        metrics = json.loads(line)
+        return metrics["global_step"], metrics["acc_step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return float("inf"), 0
 
 
 # --- the machine ---------------------------------------------------------------------------------------------------

@@ -126,6 +126,13 @@ class RotaryEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         self.table = self._table(self.table.device)
 
+    def _apply(self, fn, recurse: bool = True) -> RotaryEmbedding:
+        # `model.bfloat16()` and the like would round the angles too.
+        super()._apply(fn, recurse)
+        if self.table.dtype != torch.float32:
+            self.reset_parameters()
+        return self
+
     def forward(self, seqlen: int | None = None, tok_idx: torch.Tensor | None = None) -> torch.Tensor:
         """Cosines and sines, (2, T, D/2) for positions 0..seqlen-1, or (2, *tok_idx.shape, D/2) for given positions."""
         return self.table[:, tok_idx] if tok_idx is not None else self.table[:, :seqlen]
@@ -203,7 +210,8 @@ def attend(
             raise ValueError(
                 f"mask: flex_attention wants a BlockMask (create_causal_mask makes one), found {type(mask).__name__}"
             )
-        # Uncompiled it forms the whole score matrix; on a CPU the compiled one has no backward.
+        if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise ValueError("attn_impl: flex_attention has no backward on a CPU; use sdpa")
         run = _compiled_flex_attention() if q.is_cuda else flex_attention
         return run(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
     if attn_impl == "sdpa":
@@ -305,11 +313,37 @@ class BaseTransformer(nn.Module):
             else:
                 feed_forward = FeedForward(args.dim, args.multiple_of, args.ffn_dim_multiplier)
             self.layers.append(TransformerBlock(args, feed_forward))
-        self.register_load_state_dict_pre_hook(_store_shared_tables_once)
+        self.register_load_state_dict_pre_hook(_canonicalize_before_loading)
 
     def memories(self) -> dict[int, HashingMemory]:
         """Block number -> its memory, for the blocks that have one."""
         return {i: b.feed_forward for i, b in enumerate(self.layers) if isinstance(b.feed_forward, HashingMemory)}
+
+    def canonicalize(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
+        """Brings a checkpoint's names to this model's, in place: published ones repeat a shared table.
+
+        Raises ValueError where the repeated tables differ: the checkpoint is of a model with separate ones. Tensors may
+        be on the meta device, where only shapes can be told apart.
+        """
+        owners: dict[HashingMemory, str] = {}
+        for number, memory in self.memories().items():
+            here = f"{prefix}layers.{number}.feed_forward."
+            if not memory._owner:
+                owners[memory] = here
+                continue
+            for name in ("values_u.weight", "values_v.weight") if memory.peer_variant else ("values.weight",):
+                repeated = state_dict.pop(here + name, None)
+                owners_key = owners[memory._owner[0]] + name
+                if repeated is None:
+                    continue
+                kept = state_dict.setdefault(owners_key, repeated)
+                if kept.shape != repeated.shape or not (
+                    kept.is_meta or kept is repeated or torch.equal(kept, repeated)
+                ):
+                    raise ValueError(
+                        f"{here}{name}: differs from {owners_key}, so this checkpoint has a table for each memory; "
+                        "set model.productkey_args.mem_share_values=false"
+                    )
 
     def init_weights(self) -> None:
         self.rope_embeddings.reset_parameters()
@@ -337,28 +371,8 @@ class BaseTransformer(nn.Module):
         return h
 
 
-def _store_shared_tables_once(model: BaseTransformer, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before loading: published checkpoints repeat a shared table under every memory layer; keep the owner's alone.
-
-    Raises ValueError where the repeated tables differ: the checkpoint is of a model with separate tables.
-    """
-    owners: dict[HashingMemory, str] = {}
-    for number, memory in model.memories().items():
-        here = f"{prefix}layers.{number}.feed_forward."
-        if not memory._owner:
-            owners[memory] = here
-            continue
-        for name in ("values_u.weight", "values_v.weight") if memory.peer_variant else ("values.weight",):
-            repeated = state_dict.pop(here + name, None)
-            owners_key = owners[memory._owner[0]] + name
-            if repeated is None:
-                continue
-            kept = state_dict.setdefault(owners_key, repeated)
-            if kept.shape != repeated.shape or not (kept.is_meta or kept is repeated or torch.equal(kept, repeated)):
-                raise ValueError(
-                    f"{here}{name}: differs from {owners_key}, so this checkpoint has a table for each memory; "
-                    "set model.productkey_args.mem_share_values=false"
-                )
+def _canonicalize_before_loading(model: BaseTransformer, state_dict: dict, prefix: str, *_: object) -> None:
+    model.canonicalize(state_dict, prefix)
 
 
 def cross_entropy(pred: torch.Tensor, target: torch.Tensor, **kwargs: object) -> torch.Tensor:

@@ -219,7 +219,7 @@ def write_results(args: EvalArgs, results: dict[str, Any]) -> None:
     if args.metric_log_dir is not None:
         Path(args.metric_log_dir).mkdir(parents=True, exist_ok=True)
         metrics = MetricsLogger(Path(args.metric_log_dir) / "metrics.validation.jsonl")
-        metrics.log({"global_step": args.global_step, **results})
+        metrics.log({"global_step": args.global_step, "acc_step": 0, **results})
         metrics.close()
 
 

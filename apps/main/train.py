@@ -53,6 +53,7 @@ from lingua.distributed import (
     reduce_sum,
     run_main,
     set_environment,
+    together,
     validate_distributed_args,
     validate_environment,
 )
@@ -65,6 +66,7 @@ from lingua.metrics import (
     format_duration,
     memory_metrics,
     power_draw,
+    start_wandb,
     validate_logging_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
@@ -254,12 +256,17 @@ class Run:
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
             load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+
+    def wrap(self) -> None:
+        """Averages gradients over ranks, where there are several."""
         self.wrapped: nn.Module = self.model
         if self.world.size > 1:
-            devices = [device] if device.type == "cuda" else None
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
-        dtype = DTYPES[args.distributed.model_dtype]
-        self.autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.args.distributed.model_dtype]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     def train_step(self, batches: Iterator[tuple[np.ndarray, dict[str, Any]]]) -> Step:
         """`grad_acc_steps` batches forward and backward; gradients are averaged over ranks, clipped and used once."""
@@ -366,7 +373,16 @@ def open_logs(run: Run) -> Iterator[None]:
         yield
         return
     args, folder = run.args, Path(run.args.dump_dir)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    wandb_run = None
+    if args.logging.wandb is not None:
+        try:
+            wandb_run = start_wandb(folder, {"name": args.name, **args.logging.wandb}, to_dict(args))
+        except ValueError:
+            if is_new:
+                shutil.rmtree(folder)
+            raise
     log_file = add_log_file(folder / "train.log")
     beside = folder / "config.yaml.tmp"
     beside.write_text(to_yaml(args), encoding="utf-8")
@@ -374,8 +390,7 @@ def open_logs(run: Run) -> Iterator[None]:
     dropped = drop_metrics_after(folder / "metrics.jsonl", run.step)
     if dropped:
         logger.info("dropped %s metrics lines past step %s, which is computed again", dropped, run.step)
-    wandb_args = None if args.logging.wandb is None else {"name": args.name, **args.logging.wandb}
-    run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_args, to_dict(args))
+    run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
     log_start(args, run.world, run.model)
     try:
         yield
@@ -398,20 +413,24 @@ def train(args: TrainArgs) -> None:
     with contextlib.ExitStack() as stack:
         stop_signal = stack.enter_context(StopSignal())
         stack.enter_context(process_group(world))
-        run = Run(args, world)
-        resume_from = run.find_place()
-        if run.step >= args.steps:
-            logger.info("all %s steps are done (%s); nothing to do", args.steps, resume_from)
-            return
-        for key, folder in (("dump_dir", Path(args.dump_dir)), ("checkpoint.path", run.checkpoints.path)):
-            check_writable(key, folder, checkpoint_bytes(run.model))
-        logger.info("filling the shuffle buffer: %s rows", args.data.prefetch_size * args.data.batch_size)
-        stack.enter_context(collecting_by_steps())
-        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
-        batches = itertools.chain([next(loader)], loader)
-        run.materialize(resume_from)
-        stack.enter_context(open_logs(run))
-        run.checkpoints.clean_up()
+        with together():
+            run = Run(args, world)
+            resume_from = run.find_place()
+            if run.step >= args.steps:
+                logger.info("all %s steps are done (%s); nothing to do", args.steps, resume_from)
+                return
+            run.checkpoints.clean_up()
+            for key, folder in (("dump_dir", Path(args.dump_dir)), ("checkpoint.path", run.checkpoints.path)):
+                check_writable(key, folder, checkpoint_bytes(run.model))
+            logger.info("filling the shuffle buffer: %s rows", args.data.prefetch_size * args.data.batch_size)
+            stack.enter_context(collecting_by_steps())
+            loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
+            batches = itertools.chain([next(loader)], loader)
+        with together():
+            run.materialize(resume_from)
+        run.wrap()
+        with together():
+            stack.enter_context(open_logs(run))
         logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
         train_steps(run, batches, stop_signal)
 

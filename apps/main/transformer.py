@@ -58,10 +58,21 @@ class LMTransformer(BaseTransformer):
             self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.seed = args.seed
         self.sliding_window = args.sliding_window
-        if args.weight_tying:
-            self.register_load_state_dict_pre_hook(_drop_tied_output)
         if not self.tok_embeddings.weight.is_meta:
             self.init_weights()
+
+    def canonicalize(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
+        """As for the blocks, and drops a tied output stored beside the embedding; ValueError where they differ."""
+        super().canonicalize(state_dict, prefix)
+        if self.output is not None:
+            return
+        output = state_dict.pop(f"{prefix}output.weight", None)
+        embedding = state_dict.get(f"{prefix}tok_embeddings.weight")
+        if output is not None and embedding is not None and not output.is_meta and not torch.equal(output, embedding):
+            raise ValueError(
+                f"{prefix}output.weight: differs from {prefix}tok_embeddings.weight, so this checkpoint is not tied; "
+                "set model.weight_tying=false"
+            )
 
     def init_weights(self) -> None:
         """Draws all parameters anew from the model's seed (section 3 of the interface names the distributions)."""
@@ -86,19 +97,9 @@ class LMTransformer(BaseTransformer):
         if mask is None:
             mask = create_causal_mask(token_values.shape[1], attn_impl, self.sliding_window, token_values.device)
         h = super().forward(self.tok_embeddings(token_values), tok_idx=tok_idx, mask=mask, attn_impl=attn_impl)
-        logits = F.linear(self.norm(h), (self.output or self.tok_embeddings).weight)
+        h = self.norm(h)
+        logits = F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
         return logits if target is None else cross_entropy(logits, target)
-
-
-def _drop_tied_output(model: LMTransformer, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before loading: drops a tied output stored beside the embedding. Raises ValueError where they differ."""
-    output = state_dict.pop(f"{prefix}output.weight", None)
-    embedding = state_dict.get(f"{prefix}tok_embeddings.weight")
-    if output is not None and embedding is not None and not output.is_meta and not torch.equal(output, embedding):
-        raise ValueError(
-            f"{prefix}output.weight: differs from {prefix}tok_embeddings.weight, so this checkpoint is not tied; "
-            "set model.weight_tying=false"
-        )
 
 
 def count_parameters(model: LMTransformer) -> tuple[int, int]:
