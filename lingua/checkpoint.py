@@ -85,7 +85,7 @@ class CheckpointManager:
     def latest(self) -> Path | None:
         """The newest whole checkpoint. One that is not whole is passed over with a warning."""
         for folder in reversed(list_checkpoints(self.path)):
-            problem = find_damage(folder)
+            problem = find_damage(folder) or find_damaged_json(folder)
             if problem is None:
                 return folder
             logger.warning("passing over the checkpoint %s: %s", folder, problem)
@@ -186,6 +186,8 @@ def find_damage(folder: Path) -> str | None:
         storage = read_metadata(folder).storage_data
     except ValueError as error:
         return str(error)
+    if not storage:
+        return "its .metadata names no files"
     sizes: dict[str, int] = {}
     for stored in storage.values():
         sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
@@ -195,6 +197,19 @@ def find_damage(folder: Path) -> str | None:
             return f"the file {name} is missing"
         if file.stat().st_size < size:
             return f"the file {name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def find_damaged_json(folder: Path) -> str | None:
+    """What is wrong with the config and the loader states beside a distributed checkpoint; None if nothing is."""
+    files = [folder / CONFIG_FILE, *sorted(folder.glob("train_state_*.json"))]
+    if len(files) == 1:
+        return "it has no train_state_*.json"
+    for file in files:
+        try:
+            read_json(file)
+        except (OSError, ValueError) as error:
+            return str(error)
     return None
 
 
@@ -325,6 +340,10 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module | No
         raise ValueError(f"{folder}: the checkpoint lacks {some}; is it of a model with other `model` settings?")
     if model is not None:
         _refuse_surplus(folder, found, wanted, model)
+    _fill(folder, state)
+
+
+def _fill(folder: Path, state: dict[str, Any]) -> None:
     try:
         with _without_warnings():
             dcp.load(state, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
@@ -333,18 +352,22 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module | No
 
 
 def _refuse_surplus(folder: Path, found: dict[str, Any], wanted: dict[str, Any], model: nn.Module) -> None:
-    stored = {
-        key.removeprefix("model."): torch.empty(entry.size, device="meta")
-        for key, entry in found.items()
-        if key.startswith("model.")
-    }
-    # The model knows which names are other names of the same thing: a published checkpoint repeats shared tables.
+    """Raises ValueError for parameters in the folder that the model neither has nor knows as another's other name."""
+    stored = {key.removeprefix("model."): entry for key, entry in found.items() if key.startswith("model.")}
+    kept = {key: torch.empty(entry.size, device="meta") for key, entry in stored.items()}
     if hasattr(model, "canonicalize"):
-        model.canonicalize(stored)
-    surplus = sorted(key for key in stored if f"model.{key}" not in wanted)
+        model.canonicalize(kept)
+    surplus = sorted(key for key in kept if f"model.{key}" not in wanted)
     if surplus:
         some = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if len(surplus) > 3 else "")
         raise ValueError(f"{folder}: the checkpoint has {some}, which this model lacks; check the `model` settings")
+    # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model
+    # finds out where it is given them beside what has their shape.
+    for name in stored.keys() - kept.keys():
+        alike = [key for key in kept if kept[key].shape == stored[name].size]
+        tensors = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in (name, *alike)}
+        _fill(folder, {"model": tensors})
+        model.canonicalize(tensors)
 
 
 def _stored_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -402,8 +425,15 @@ def read_metadata(folder: Path) -> Metadata:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{file} is damaged ({_first_line(error)})") from None
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{file} is damaged (it holds a {type(metadata).__name__})")
+    try:
+        sound = isinstance(metadata, Metadata) and all(
+            isinstance(stored.relative_path, str) and stored.offset >= 0 and stored.length >= 0
+            for stored in metadata.storage_data.values()
+        )
+    except (AttributeError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is damaged (it is no table of contents)")
     return metadata
 
 

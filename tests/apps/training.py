@@ -120,14 +120,14 @@ class Result:
 
     def the_error(self) -> str:
         """The one line of an error on stderr. Fails for any other end."""
-        assert self.code != 0, f"it should have failed; stdout:\n{self.out}"
+        assert self.code != 0, f"it should have failed; stdout ends:\n{self.out[-500:]}"
         lines = self.err.splitlines()
         assert len(lines) == 1, f"wanted one line on stderr, found {len(lines)}:\n{self.err}"
         assert lines[0].startswith("error: "), lines[0]
         return lines[0]
 
     def ok(self) -> "Result":
-        assert self.code == 0, f"exit code {self.code}; stdout:\n{self.out}\nstderr:\n{self.err}"
+        assert self.code == 0, f"exit code {self.code}; stderr:\n{self.err}\nstdout ends:\n{self.out[-2000:]}"
         return self
 
 
@@ -139,7 +139,7 @@ class Training:
     def __init__(self, argv: list[object], logs: Path, **variables: str):
         Training._number += 1
         self._logs = f"{logs / 'process'}.{Training._number}"
-        PROCESSES.set_forkserver_preload(["apps.main.train"])
+        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
         arguments = [str(argument) for argument in argv]
         environment = clean_environment(**variables)
         self.process = PROCESSES.Process(target=_train_here, args=(arguments, environment, self._logs), daemon=True)
@@ -150,7 +150,9 @@ class Training:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-            raise AssertionError(f"no end after {PATIENCE} s; stdout:\n{self._read('out')}\nstderr:\n{self._read('err')}")
+            raise AssertionError(
+                f"no end after {PATIENCE} s; stdout:\n{self._read('out')}\nstderr:\n{self._read('err')}"
+            )
         return Result(self.process.exitcode, self._read("out"), self._read("err"))
 
     def out(self) -> str:

@@ -56,6 +56,12 @@ def make_args(root: Path, **changes) -> DataArgs:
     return DataArgs(root_dir=str(root), **{**options, **changes})
 
 
+@contextlib.contextmanager
+def opened(args: DataArgs):
+    with build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1)) as loader:
+        yield loader
+
+
 def take(args: DataArgs, n: int, state=None, rank: int = 0, world_size: int = 1) -> list:
     """The first `n` items `(batch, state)` from a place, or from the beginning."""
     state = state or init_dataloader_state_from_args(args, rank, world_size)
@@ -592,6 +598,28 @@ def test_a_source_of_blank_lines_says_so(tmp_path):
     assert refusal(make_args(tmp_path)).startswith("data.sources.a: no documents")
 
 
+@pytest.mark.timeout(20)
+def test_a_source_that_is_emptied_says_so(tmp_path):
+    """Rather than read it over and over."""
+    write_source(tmp_path, "a", [["one", "two"]])
+    with opened(make_args(tmp_path)) as loader:
+        next(loader)
+        write_lines(tmp_path, b"\n" * 100)
+        with pytest.raises(ValueError, match=r"^data\.sources\.a: no documents"):
+            list(itertools.islice(loader, 1000))
+
+
+def test_blank_lines_behind_the_place_are_no_empty_source(tmp_path):
+    write_lines(tmp_path, b'{"text": "one document"}\n\n\n')
+    args = make_args(tmp_path)
+    items = take(args, 10)
+    for place in range(4):
+        resumed = take(args, 4, through_json(items[place][1]))
+        assert all(
+            np.array_equal(got, batch) for (got, _), (batch, _) in zip(resumed, items[place + 1 :], strict=False)
+        )
+
+
 def test_a_rank_with_documents_in_some_files_only_reads_on(tmp_path):
     write_source(tmp_path, "a", [[], ["one"], [], ["two"]])
     assert read_texts(tmp_path, n_passes=2) == [["one", "two"]] * 2
@@ -629,12 +657,6 @@ def open_files() -> int:
 def with_worker(tmp_path) -> DataArgs:
     write_source(tmp_path, "a", [[f"document {number} {'x' * 50}" for number in range(9)]])
     return make_args(tmp_path, load_async=True)
-
-
-@contextlib.contextmanager
-def opened(args: DataArgs):
-    with build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1)) as loader:
-        yield loader
 
 
 def test_a_killed_worker_is_reported(with_worker):
@@ -729,6 +751,16 @@ def test_two_loaders_at_once_do_not_disturb_each_other(with_worker):
                 assert np.array_equal(next(second)[0], batch)
         for batch in expected[10:]:
             assert np.array_equal(next(first)[0], batch)
+
+
+@pytest.mark.parametrize("load_async", [False, True], ids=["sync", "async"])
+def test_a_file_that_goes_away_is_named(with_worker, load_async):
+    (path,) = Path(with_worker.root_dir, "a").iterdir()
+    with opened(dataclasses.replace(with_worker, load_async=load_async)) as loader:
+        next(loader)
+        path.unlink()
+        with pytest.raises(OSError, match=str(path)):
+            list(itertools.islice(loader, 10_000))
 
 
 TRAINER = """

@@ -1,0 +1,573 @@
+"""What cannot work ends with one line that tells what and where, exit code 1, and nothing written."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from training import (
+    Training,
+    last_step,
+    list_steps,
+    read_losses,
+    run_command,
+    snapshot,
+    start_ranks,
+    torchrun,
+)
+
+from lingua.checkpoint import consolidate_checkpoints, find_damage
+
+MEMORY = "model.productkey_args"
+# Under torchrun the ranks' ends race each other; that the message gets through is to hold on every try.
+RANKS = 2
+
+# (arguments, what the line must name)
+CASES = [
+    # keys
+    (["steppes=3"], ["steppes", "did you mean steps"]),
+    (["model.productkey_args.mem_nkeys=3"], ["model.productkey_args.mem_nkeys", "mem_n_keys?"]),
+    (["modell.dim=32"], ["modell", "did you mean model"]),
+    (["data.tokenizer.nmae=bytes"], ["data.tokenizer.nmae"]),
+    (["--steps=3"], ["--steps"]),
+    (["steps"], ["steps", "key=value"]),
+    (["=3"], ["=3", "key=value"]),
+    # types
+    (["steps=many"], ["steps", "many"]),
+    (["steps=1.5"], ["steps", "1.5"]),
+    (["steps=true"], ["steps"]),
+    (["steps=null"], ["steps"]),
+    (["steps=[1,2]"], ["steps"]),
+    (["optim.lr=fast"], ["optim.lr", "fast"]),
+    (["optim.lr=null"], ["optim.lr"]),
+    (["data.load_async=7"], ["data.load_async", "7"]),
+    (["data.load_async=maybe"], ["data.load_async", "maybe"]),
+    (["model=3"], ["model", "3"]),
+    (["model.dim={a: 1}"], ["model.dim"]),
+    ([f"{MEMORY}.layers=[1,2]"], [f"{MEMORY}.layers"]),
+    (["data.sources=alpha"], ["data.sources", "alpha"]),
+    (["data.sources.alpha=heavy"], ["data.sources.alpha", "heavy"]),
+    (["data.sources.alpha=true"], ["data.sources.alpha"]),
+    (["name=${nowhere}"], ["name", "nowhere"]),
+    (["name=${name}"], ["name"]),
+    (["steps=${name}"], ["steps"]),
+    (["data.tokenizer=bytes"], ["data.tokenizer"]),
+    (["env=3"], ["env"]),
+    (["logging.wandb=3"], ["logging.wandb"]),
+    # numbers out of range
+    (["steps=0"], ["steps"]),
+    (["grad_acc_steps=0"], ["grad_acc_steps"]),
+    (["gc_collect_freq=0"], ["gc_collect_freq"]),
+    (["seed=-1"], ["seed"]),
+    (["data.seed=-1"], ["data.seed"]),
+    (["data.batch_size=0"], ["data.batch_size"]),
+    (["data.seq_len=0"], ["data.seq_len"]),
+    (["data.n_views=1"], ["data.n_views"]),
+    (["data.prefetch_size=0"], ["data.prefetch_size"]),
+    (["optim.lr=-1"], ["optim.lr"]),
+    (["optim.lr=nan"], ["optim.lr"]),
+    (["optim.clip=0"], ["optim.clip"]),
+    (["optim.beta1=1"], ["optim.beta1"]),
+    (["optim.scheduler=cosin"], ["optim.scheduler", "cosin", "cosine"]),
+    (["optim.warmup=-1"], ["optim.warmup"]),
+    (["optim.scheduler=wsd", "optim.lr_min_ratio=0"], ["optim.lr_min_ratio"]),
+    (["logging.freq=0"], ["logging.freq"]),
+    (["logging.acc_freq=0"], ["logging.acc_freq"]),
+    # folders and files
+    (["dump_dir="], ["dump_dir"]),
+    (["data.root_dir=null"], ["data.root_dir"]),
+    (["data.root_dir=/no/such"], ["data.root_dir", "/no/such"]),
+    (["data.sources.gamma=1"], ["data.sources.gamma"]),
+    (["data.sources.alpha=0", "data.sources.beta=0"], ["data.sources", "weight"]),
+    (["data.sources.alpha=-1"], ["data.sources.alpha", "-1"]),
+    (["data.sources.alpha=nan"], ["data.sources.alpha", "nan"]),
+    (["data.sources.alpha=inf"], ["data.sources.alpha", "inf"]),
+    (["data.tokenizer.name=byte"], ["data.tokenizer.name", "byte", "bytes"]),
+    (["data.tokenizer.name=sp"], ["data.tokenizer.path"]),
+    (["data.tokenizer.name=tiktoken"], ["data.tokenizer.path"]),
+    (["data.tokenizer.name=sp", "data.tokenizer.path=/no/such"], ["data.tokenizer.path", "/no/such"]),
+    (["data.tokenizer.name=sp", f"data.tokenizer.path={__file__}"], ["data.tokenizer.path", __file__]),
+    (["data.tokenizer.name=tiktoken", f"data.tokenizer.path={__file__}"], ["data.tokenizer.path", __file__]),
+    (["config=/no/such.yaml"], ["config", "2 times"]),
+    # the model
+    (["model.vocab_size=100"], ["model.vocab_size", "100", "258"]),
+    (["model.vocab_size=0"], ["model.vocab_size"]),
+    (["model.dim=0"], ["model.dim"]),
+    (["model.n_layers=0"], ["model.n_layers"]),
+    (["model.n_heads=3"], ["model.n_heads", "3", "32"]),
+    (["model.n_heads=null"], ["model.n_heads"]),
+    (["model.n_heads=null", "model.head_dim=5"], ["model.head_dim", "5", "32"]),
+    (["model.n_heads=4", "model.n_kv_heads=3"], ["model.n_kv_heads", "3", "4"]),
+    (["model.head_dim=7"], ["model.head_dim", "7"]),
+    (["model.multiple_of=0"], ["model.multiple_of"]),
+    (["model.ffn_dim_multiplier=0.001"], ["model.ffn_dim_multiplier"]),
+    (["model.norm_eps=nan"], ["model.norm_eps"]),
+    (["model.init_std_factor=none"], ["model.init_std_factor", "none"]),
+    (["model.sliding_window=0"], ["model.sliding_window"]),
+    (["model.seed=-1"], ["model.seed"]),
+    # the memory
+    ([f"{MEMORY}.layers='1,3'"], [f"{MEMORY}.layers", "3", "n_layers=3"]),
+    ([f"{MEMORY}.layers='-1'"], [f"{MEMORY}.layers", "-1"]),
+    ([f"{MEMORY}.layers="], [f"{MEMORY}.layers"]),
+    ([f"{MEMORY}.layers='1,1'"], [f"{MEMORY}.layers", "twice"]),
+    ([f"{MEMORY}.layers=all"], [f"{MEMORY}.layers", "all"]),
+    ([f"{MEMORY}.mem_k_dim=15"], [f"{MEMORY}.mem_k_dim", "15"]),
+    ([f"{MEMORY}.mem_k_dim=0"], [f"{MEMORY}.mem_k_dim"]),
+    ([f"{MEMORY}.mem_knn=17"], [f"{MEMORY}.mem_knn", "17", "16"]),
+    ([f"{MEMORY}.mem_knn=0"], [f"{MEMORY}.mem_knn"]),
+    ([f"{MEMORY}.mem_n_keys=0"], [f"{MEMORY}.mem_n_keys"]),
+    ([f"{MEMORY}.mem_heads=0"], [f"{MEMORY}.mem_heads"]),
+    ([f"{MEMORY}.mem_v_dim=-2"], [f"{MEMORY}.mem_v_dim"]),
+    ([f"{MEMORY}.mem_v_dim=8", f"{MEMORY}.peer_variant=true"], [f"{MEMORY}.mem_v_dim"]),
+    ([f"{MEMORY}.value_fixed_lr=-1"], [f"{MEMORY}.value_fixed_lr", "-1"]),
+    ([f"{MEMORY}.value_fixed_lr=nan"], [f"{MEMORY}.value_fixed_lr", "nan"]),
+    # sizes that do not fit one process, and what is still to come
+    (["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3"]),
+    (["distributed.tp_size=2"], ["distributed.tp_size", "2"]),
+    (["distributed.dp_shard=2"], ["distributed.dp_shard", "2"]),
+    (["distributed.dp_shard=0"], ["distributed.dp_shard"]),
+    (["distributed.model_dtype=fp8"], ["distributed.model_dtype", "fp8"]),
+    (["distributed.fsdp_type=shard"], ["distributed.fsdp_type", "shard"]),
+    (["distributed.compile=true"], ["distributed.compile"]),
+    (["distributed.checkpoint_each_layer=true"], ["distributed.checkpoint_each_layer"]),
+    (["distributed.selective_activation_checkpointing=true"], ["distributed.selective_activation_checkpointing"]),
+    (["distributed.float8_recipe=rowwise"], ["distributed.float8_recipe"]),
+    (["distributed.float8_recipe=columnwise"], ["distributed.float8_recipe"]),
+    (["profiling.run=true"], ["profiling.run"]),
+    (["probe_freq=10"], ["probe_freq"]),
+    (["async_eval_gpus=1"], ["async_eval_gpus"]),
+    (["eval={}"], ["eval"]),
+    # what wandb.init does not take, or what the run gives it
+    (["logging.wandb={porject: x}"], ["logging.wandb.porject"]),
+    (["logging.wandb={project: x, mode: offline, config: {}}"], ["logging.wandb.config"]),
+    (["logging.wandb={project: x, mode: sideways}"], ["logging.wandb", "sideways"]),
+    # checkpoints
+    (["checkpoint.init_ckpt_path=/no/such"], ["/no/such"]),
+    (["checkpoint.continue_training_from_init=true"], ["checkpoint.continue_training_from_init", "init_ckpt_path"]),
+    (
+        ["checkpoint.continue_training_from_init=true", "checkpoint.init_ckpt_path=/no/such"],
+        ["/no/such", "no checkpoint"],
+    ),
+]
+
+
+def refuse(start, dump_dir, *arguments, **variables):
+    """The error line of a start that must leave no trace."""
+    line = start(dump_dir, "steps=3", *arguments, **variables).finish().the_error()
+    assert not dump_dir.exists()
+    return line
+
+
+@pytest.mark.parametrize(("arguments", "words"), CASES, ids=[" ".join(arguments)[:60] for arguments, _ in CASES])
+def test_config(start, tmp_path, arguments, words):
+    line = refuse(start, tmp_path / "run", *arguments)
+    missing = [word for word in words if word not in line]
+    assert not missing, f"{missing} not in: {line}"
+
+
+def test_the_command_itself(tiny, tmp_path):
+    """As users start it, from nothing: everything else here goes through the same `main`."""
+    line = run_command(["apps.main.train", f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "steps=0"]).the_error()
+    assert "steps" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [([], "dump_dir"), (["config=/no/such.yaml"], "/no/such.yaml"), (["config="], "config")]
+)
+def test_no_config(tmp_path, arguments, word):
+    assert word in Training(arguments, tmp_path).finish().the_error()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: 3\nmodel:\n  dimm: 3\n", ["model.dimm", "bad.yaml"]),
+        ("steps: 3\nmodel: [1\n", ["bad.yaml:3"]),
+        ("steps: 3\n\tmodel: 1\n", ["bad.yaml:2"]),
+        ("steps: 3\nsteps: 4\n", ["bad.yaml", "steps"]),
+        ("- steps\n", ["bad.yaml", "mapping"]),
+        ("just text", ["bad.yaml"]),
+        ("", ["dump_dir"]),
+        ("model:\n", ["model", "bad.yaml"]),
+        ("\x00\xff", ["bad.yaml"]),
+        ("dump_dir: x\ndata: {sources: {}}\n", ["data.sources"]),
+        ("dump_dir: x\ndata: {sources: {alpha: }}\n", ["data.sources", "alpha"]),
+        ("dump_dir: x\nnothing: ${oc.env:HF_TOKEN}\n", ["nothing"]),
+        ("dump_dir: x\nname: ${oc.env:HF_TOKEN}\n", ["HF_TOKEN", "secret"]),
+    ],
+)
+def test_config_file(tmp_path, text, words):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text, encoding="latin-1")
+    line = Training([f"config={file}"], tmp_path, HF_TOKEN="hunter2").finish().the_error()
+    assert all(word in line for word in words), line
+    assert "hunter2" not in line
+    assert not (Path.cwd() / "x").exists()
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_corpus(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("load_async", ["true", "false"])
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        (b'{"text": "cut of', "JSON"),
+        (b"plain text", "JSON"),
+        (b'["text"]', "list"),
+        (b"null", "NoneType"),
+        (b'{"txet": "a", "id": 1}', "txet"),
+        (b"{}", "neither"),
+        (b'{"text": 7}', "int"),
+        (b'{"text": null}', "NoneType"),
+        (b'{"text": "\xff\xfe"}', "JSON"),
+        (b"[" * 100_000, "JSON"),
+    ],
+)
+def test_line(start, bad_corpus, tmp_path, line, word, load_async):
+    file = bad_corpus / "alpha" / "alpha.chunk.00.jsonl"
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([lines[0], b"", line, *lines[1:]]))
+    keys = [f"data.root_dir={bad_corpus}", "data.sources.beta=0", f"data.load_async={load_async}"]
+    message = refuse(start, tmp_path / "run", *keys)
+    assert f"{file}:3:" in message
+    assert word in message
+
+
+@pytest.mark.parametrize("load_async", ["true", "false"])
+def test_line_met_in_the_middle_of_training(start, bad_corpus, tmp_path, load_async):
+    """It is not seen at the start; the run ends all the same with the one line, and its checkpoints stay."""
+    for file in bad_corpus.rglob("*.jsonl"):
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:12]) + b"no JSON\n")
+    keys = [f"data.root_dir={bad_corpus}", f"data.load_async={load_async}", "steps=1000"]
+    line = start(tmp_path / "run", *keys).finish().the_error()
+    assert ".jsonl:13: not a line of JSON" in line
+    assert list_steps(tmp_path / "run")
+
+
+def test_source_without_chunk_files(start, bad_corpus, tmp_path):
+    for file in (bad_corpus / "beta").iterdir():
+        file.rename(file.with_name(file.name.replace("chunk.", "")))
+    (bad_corpus / "beta" / "beta.val.jsonl").write_text('{"text": "a"}\n')
+    line = refuse(start, tmp_path / "run", f"data.root_dir={bad_corpus}")
+    assert "data.sources.beta" in line
+    assert str(bad_corpus / "beta") in line
+
+
+def test_source_that_is_a_file(start, bad_corpus, tmp_path):
+    shutil.rmtree(bad_corpus / "beta")
+    (bad_corpus / "beta").touch()
+    assert "data.sources.beta" in refuse(start, tmp_path / "run", f"data.root_dir={bad_corpus}")
+
+
+@pytest.mark.parametrize(
+    ("content", "load_async"), [("", "true"), ("", "false"), ("\n \n\n", "true"), ('{"text": ""}\n', "true")]
+)
+def test_empty_chunk_files(start, bad_corpus, tmp_path, content, load_async):
+    for file in (bad_corpus / "beta").iterdir():
+        file.write_text(content)
+    keys = ["data.sources.alpha=0", "data.add_bos=false", "data.add_eos=false"]
+    line = refuse(start, tmp_path / "run", f"data.root_dir={bad_corpus}", f"data.load_async={load_async}", *keys)
+    assert "data.sources" in line
+
+
+def test_loader_that_is_killed(start, tmp_path):
+    """Say, by the kernel, out of memory."""
+    run = start(tmp_path / "run", "steps=100000")
+    run.wait_for(lambda: last_step(tmp_path / "run") >= 2)
+    (loader,) = psutil.Process(run.process.pid).children()
+    loader.kill()
+    line = run.finish().the_error()
+    assert "loader" in line
+    assert "SIGKILL" in line
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+SHAPES = [
+    (["model.dim=64"], ["layers.0.attention.wq.weight", "[32, 32]", "[64, 64]"]),
+    ([f"{MEMORY}.mem_n_keys=17"], ["layers.1.feed_forward.keys", "[64, 8]", "[68, 8]"]),
+    (["model.n_layers=4"], ["layers.3."]),
+    (["model.n_layers=2", f"{MEMORY}.layers='1'"], ["layers.2."]),
+]
+
+
+@pytest.mark.parametrize("form", ["distributed", "consolidated"])
+@pytest.mark.parametrize(("change", "words"), SHAPES)
+def test_initial_checkpoint_of_another_shape(start, reference, tmp_path, form, change, words):
+    source = shutil.copytree(reference / "checkpoints" / "0000000030", tmp_path / "source")
+    if form == "consolidated":
+        source = consolidate_checkpoints(source)
+    line = refuse(start, tmp_path / "run", f"checkpoint.init_ckpt_path={source}", *change)
+    assert all(word in line for word in [str(source), *words]), line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *SHAPES,
+        (["data.batch_size=4"], ["data.batch_size", "4", "2"]),
+        (["data.seq_len=16"], ["data.seq_len", "16", "32"]),
+        (["data.seed=1"], ["data.seed"]),
+        (["data.sources.beta=2"], ["data.sources"]),
+        (["data.tokenizer.name=mock"], ["tokenizer"]),
+    ],
+)
+def test_resuming_with_what_does_not_fit(start, reference, tmp_path, change, words):
+    dump_dir = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(dump_dir / "checkpoints" / "0000000060")
+    before = snapshot(dump_dir)
+    line = start(dump_dir, *change).finish().the_error()
+    assert all(word in line for word in words), line
+    assert snapshot(dump_dir) == before
+
+
+def test_hostile_checkpoint(start, tmp_path):
+    """A file from a stranger is refused and not run."""
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path / 'mark'}'",)
+
+    torch.save({"model": {"norm.weight": Hostile()}}, tmp_path / "consolidated.pth")
+    line = refuse(start, tmp_path / "run", f"checkpoint.init_ckpt_path={tmp_path / 'consolidated.pth'}")
+    assert "not a consolidated checkpoint" in line
+    assert not (tmp_path / "mark").exists()
+
+
+# --- secrets and wandb ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "SLURM_JWT"])
+def test_secret_in_the_config(start, tmp_path, name):
+    line = refuse(start, tmp_path / "run", f"env.{name}=hunter2")
+    assert f"env.{name}" in line
+    assert "hunter2" not in line
+
+
+def test_variable_that_only_sounds_like_a_secret(start, tmp_path):
+    """Commonly set beside Hugging Face's tokenizers, to be quiet."""
+    start(tmp_path / "run", "steps=1", "env.TOKENIZERS_PARALLELISM=false").finish().ok()
+
+
+def test_wandb_without_a_key(start, tmp_path):
+    home = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    line = refuse(start, tmp_path / "run", "logging.wandb={project: x, mode: online}", **home)
+    assert "logging.wandb" in line
+
+
+# --- dump_dir -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(path, size, options=""):
+    """A file system of its own at `path`, in memory."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(path)]
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a file system does not work here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def bytes_of(folder):
+    """As a file system of blocks of 4 KiB counts them."""
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("key", ["dump_dir", "checkpoint.path"])
+@pytest.mark.parametrize("inside", ["", "run", "a/b/c"])
+def test_full_disk(start, tmp_path, key, inside):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "256k"):
+        line = start(tmp_path / "run", f"{key}={disk / inside}").finish().the_error()
+        assert f"{key}: '{disk}' has" in line
+        assert os.listdir(disk) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_small_disk_for_the_logs_alone(start, tmp_path):
+    """Room for a checkpoint is wanted where checkpoints go."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, "256k"):
+        start(disk / "run", f"checkpoint.path={tmp_path / 'checkpoints'}", "steps=2").finish().ok()
+
+
+@pytest.mark.parametrize("key", ["dump_dir", "checkpoint.path"])
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_read_only_disk(start, tmp_path, key, inside):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "16m", ",ro"):
+        line = start(tmp_path / "run", f"{key}={disk / inside}").finish().the_error()
+    assert f"{key}: '{disk}' is read-only" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["dump_dir", "checkpoint.path"])
+@pytest.mark.parametrize("inside", ["", "run", "a/b"])
+def test_file_in_the_way(start, tmp_path, key, inside):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    line = start(tmp_path / "run", f"{key}={file / inside}").finish().the_error()
+    assert f"{key}: '{file}' is a file" in line
+    assert file.read_text() == "mine"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_disk_that_fills_up(start, reference, tmp_path, keep):
+    """The second checkpoint finds no room: the first stays whole, and with more room the run goes on from it."""
+    disk, keys = tmp_path / "disk", [f"checkpoint.dump.keep={keep}"]
+    one = bytes_of(reference / "checkpoints" / "0000000005")
+    with small_disk(disk, int(1.7 * one)):
+        line = start(disk / "run", *keys).finish().the_error()
+        assert "checkpoint of step 10" in line
+        assert "No space left on device" in line
+        assert list_steps(disk / "run") == [5]
+        assert find_damage(disk / "run" / "checkpoints" / "0000000005") is None
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        start(disk / "run", *keys).finish().ok()
+        assert read_losses(disk / "run") == read_losses(reference)
+
+
+def test_disk_that_fills_up_while_logging(start, reference, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "4m"):
+        run = start(disk / "run", "steps=1000000", "checkpoint.dump.every=1000000")
+        run.wait_for(lambda: last_step(disk / "run") >= 3)
+        filler = open(disk / "filler", "wb", buffering=0)
+        with contextlib.suppress(OSError):  # No space left on device
+            while True:
+                filler.write(bytes(4096))
+        line = run.finish().the_error()
+        filler.close()
+    assert "No space left on device" in line
+
+
+def test_room_taken_by_a_half_written_checkpoint(start, reference, tmp_path):
+    """What a kill left behind is removed before its room is found wanting."""
+    disk = tmp_path / "disk"
+    one = bytes_of(reference / "checkpoints" / "0000000005")
+    with small_disk(disk, int(2.9 * one)):
+        shutil.copytree(reference / "checkpoints" / "0000000005", disk / "run/checkpoints/0000000005")
+        half = shutil.copytree(disk / "run/checkpoints/0000000005", disk / "run/checkpoints/.0000000010.tmp")
+        with open(half / "filler", "wb") as filler:
+            filler.write(bytes(int(0.7 * one)))
+        start(disk / "run", "steps=7", "checkpoint.dump.keep=1").finish().ok()
+        assert list_steps(disk / "run") == [7]
+
+
+# --- several ranks ------------------------------------------------------------------------------------------------
+
+
+def the_ranks_error(runs):
+    """One line from all ranks together."""
+    results = [run.finish() for run in runs]
+    assert all(result.code != 0 for result in results)
+    lines = [line for result in results for line in result.err.splitlines()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3", "2 ranks"]),
+        (["distributed.memory_parallel_size=2"], ["distributed.memory_parallel_size", "not available yet"]),
+        (["distributed.tp_size=2"], ["distributed.tp_size", "not available yet"]),
+        (["distributed.dp_shard=2"], ["distributed.dp_shard", "not available yet"]),
+        (["distributed.dp_shard=2", "distributed.tp_size=2"], ["distributed.dp_shard"]),
+        (["distributed.fsdp_type=full_shard"], ["distributed.fsdp_type", "not available yet"]),
+        (["checkpoint.init_ckpt_path=/no/such"], ["/no/such"]),
+        (["dump_dir=/proc/nothing"], ["dump_dir"]),
+    ],
+)
+def test_ranks(tiny, tmp_path, arguments, words):
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", *arguments]
+    line = the_ranks_error(start_ranks(RANKS, argv, tmp_path))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_number_of_ranks(tiny, reference, tmp_path):
+    dump_dir = shutil.copytree(reference, tmp_path / "run")
+    before = snapshot(dump_dir)
+    line = the_ranks_error(start_ranks(RANKS, [f"config={tiny}", f"dump_dir={dump_dir}", "steps=70"], tmp_path))
+    assert "1 data-parallel ranks" in line
+    assert snapshot(dump_dir) == before
+
+
+def test_full_disk_for_ranks(tiny, reference, tmp_path):
+    disk = tmp_path / "disk"
+    one = bytes_of(reference / "checkpoints" / "0000000005")
+    argv = [f"config={tiny}", f"dump_dir={disk / 'run'}"]
+    with small_disk(disk, int(1.7 * one)):
+        line = the_ranks_error(start_ranks(RANKS, argv, tmp_path))
+        assert "checkpoint of step 10" in line
+        assert list_steps(disk / "run") == [5]
+
+
+def test_line_that_one_rank_reads(tiny, bad_corpus, tmp_path):
+    """The other rank waits in vain, until it loses the connection or torchrun ends it: of that, no tale."""
+    file = bad_corpus / "alpha" / "alpha.chunk.01.jsonl"  # its second line is the first that the second rank reads
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], b"no JSON\n", *lines[2:]]))
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", f"data.root_dir={bad_corpus}", "data.sources.beta=0"]
+    first, second = start_ranks(RANKS, argv, tmp_path)
+    line = second.finish().the_error()
+    first.process.join(20)
+    first.kill(signal.SIGKILL)
+    assert "Traceback" not in first.finish().err
+    assert f"{file}:2:" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_torchrun(tiny, tmp_path, slow_rank):
+    """The error gets through whichever rank meets it first, although torchrun ends the others at once."""
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent(f"""
+        import os, time
+        if os.environ.get("RANK") == "{slow_rank}":
+            time.sleep(3)
+        """)
+    )
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "distributed.memory_parallel_size=3"]
+    result = run_command(torchrun(2, argv), PYTHONPATH=str(tmp_path))
+    assert result.code != 0
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.err
+    assert "distributed.memory_parallel_size" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_srun_of_several_tasks_is_refused(start, tmp_path):
+    """Each task would take itself for the only one, and write into the same folder."""
+    slurm = {"JOB_ID": "1", "NTASKS": "2", "STEP_ID": "0", "STEP_NUM_TASKS": "2", "PROCID": "0", "LOCALID": "0"}
+    line = refuse(start, tmp_path / "run", **{f"SLURM_{name}": value for name, value in slurm.items()})
+    assert "srun" in line
+
+
+def test_traceback_on_request(start, tmp_path):
+    result = start(tmp_path / "run", "steps=0", LINGUA_TRACEBACK="1").finish()
+    assert result.code != 0
+    assert "Traceback" in result.err
