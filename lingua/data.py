@@ -515,10 +515,12 @@ class _Worker:
             n = pipe.readinto(view)
             if not n:
                 code = self._process.wait()
-                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                if -code in iter(signal.Signals):
-                    how = f"killed by {signal.Signals(-code).name}"
-                raise ChildProcessError(f"data: the loader's process ended ({how}); out of memory?")
+                if code >= 0:
+                    raise ChildProcessError(
+                        f"data: the loader's process ended with exit code {code}; see its message above"
+                    )
+                name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
+                raise ChildProcessError(f"data: the loader's process was killed by {name}; out of memory?")
             view = view[n:]
         return data
 

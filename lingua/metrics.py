@@ -39,8 +39,10 @@ def validate_logging_args(args: LoggingArgs) -> None:
     if args.acc_freq is not None and args.acc_freq < 1:
         raise ValueError(f"logging.acc_freq: {args.acc_freq} is too small, it must be 1 or more, or null")
     if args.wandb is not None:
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(f"logging.wandb: wandb does not import ({error}); install it, or set null") from None
         known = [name for name in inspect.signature(wandb.init).parameters if name != "config"]
         for name in args.wandb:
             if name not in known:

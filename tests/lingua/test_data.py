@@ -664,7 +664,7 @@ def test_a_killed_worker_is_reported(with_worker):
         next(loader)
         (worker,) = workers()
         worker.send_signal(signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="SIGKILL") as caught:
+        with pytest.raises(ChildProcessError, match="SIGKILL") as caught:
             list(itertools.islice(loader, 10_000))
     assert "\n" not in str(caught.value)
     assert not workers()
@@ -673,7 +673,7 @@ def test_a_killed_worker_is_reported(with_worker):
 
 def test_a_worker_that_cannot_start_is_reported(with_worker, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with opened(with_worker) as loader, pytest.raises(RuntimeError, match="exit code 1"):
+    with opened(with_worker) as loader, pytest.raises(ChildProcessError, match="exit code 1"):
         next(loader)
     assert not loader_threads()
 
