@@ -74,6 +74,9 @@ from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
+ROOM_FOR_LOGS = 2**16
+
 
 @dataclass
 class ProfilingArgs:
@@ -157,7 +160,7 @@ def check_writable(key: str, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"{key}: '{existing}' has {free / 2**20:,.0f} MiB free, and a checkpoint takes {needed / 2**20:,.0f} MiB; "
+            f"{key}: '{existing}' has {free / 2**20:,.1f} MiB free, and {needed / 2**20:,.1f} MiB are needed at once; "
             "make room, or name a folder elsewhere"
         )
 
@@ -420,8 +423,10 @@ def train(args: TrainArgs) -> None:
                 logger.info("all %s steps are done (%s); nothing to do", args.steps, resume_from)
                 return
             run.checkpoints.clean_up()
-            for key, folder in (("dump_dir", Path(args.dump_dir)), ("checkpoint.path", run.checkpoints.path)):
-                check_writable(key, folder, checkpoint_bytes(run.model))
+            if args.checkpoint.path is not None:
+                check_writable("checkpoint.path", run.checkpoints.path, checkpoint_bytes(run.model))
+            room = ROOM_FOR_LOGS + (checkpoint_bytes(run.model) if args.checkpoint.path is None else 0)
+            check_writable("dump_dir", Path(args.dump_dir), room)
             logger.info("filling the shuffle buffer: %s rows", args.data.prefetch_size * args.data.batch_size)
             stack.enter_context(collecting_by_steps())
             loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from training import (
     snapshot,
     start_ranks,
     torchrun,
+    wait_until,
 )
 
 from lingua.checkpoint import consolidate_checkpoints, find_damage
@@ -479,7 +481,11 @@ def test_room_taken_by_a_half_written_checkpoint(start, reference, tmp_path):
 
 
 def the_ranks_error(runs):
-    """One line from all ranks together."""
+    """One line from all ranks together, where the end of one ends the others a little later, as torchrun has it."""
+    wait_until(lambda: any(run.process.exitcode is not None for run in runs))
+    time.sleep(0.5)
+    for run in runs:
+        run.kill(signal.SIGTERM)
     results = [run.finish() for run in runs]
     assert all(result.code != 0 for result in results)
     lines = [line for result in results for line in result.err.splitlines()]
