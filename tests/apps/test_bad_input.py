@@ -367,8 +367,7 @@ def test_variable_that_only_sounds_like_a_secret(start, tmp_path):
 
 
 def test_wandb_without_a_key(start, tmp_path):
-    home = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    line = refuse(start, tmp_path / "run", "logging.wandb={project: x, mode: online}", **home)
+    line = refuse(start, tmp_path / "run", "logging.wandb={project: x, mode: online}", HOME=str(tmp_path))
     assert "logging.wandb" in line
 
 

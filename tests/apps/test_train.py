@@ -328,8 +328,8 @@ SECRETS = {
 
 
 def at_home(folder):
-    """For wandb: nobody's key, and no files but in `folder`."""
-    return {"HOME": str(folder), "TMPDIR": str(folder)}
+    """For wandb: nobody's key, and no settings or caches but in `folder`."""
+    return {"HOME": str(folder)}
 
 
 @pytest.mark.parametrize("wandb", ["null", "{project: x, mode: offline}"])

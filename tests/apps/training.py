@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # what it has found out before; TMPDIR may say otherwise now
 
     import torch
 
@@ -141,7 +143,7 @@ class Training:
         self._logs = f"{logs / 'process'}.{Training._number}"
         PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
         arguments = [str(argument) for argument in argv]
-        environment = clean_environment(**variables)
+        environment = clean_environment(**{"TMPDIR": str(logs), **variables})
         self.process = PROCESSES.Process(target=_train_here, args=(arguments, environment, self._logs), daemon=True)
         self.process.start()
 
