@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 T, R, P = TypeVar("T"), TypeVar("R"), ParamSpec("P")
 
 _SECRET = re.compile(
-    r"secret|passw|credential|api_?key|(^|_)(keys?|tokens?|auth|cookies?|private|dsn|webhook|jwt|pat|pwd)(_|$)",
+    r"secret|passw|passphrase|credential|api_?key|connection_?string|(key|token)s?(_|$)"
+    r"|(^|_)(auth|cookies?|private|dsn|webhook|jwt|pat|pass|pwd|sas)(_|$)",
     re.IGNORECASE,
 )
 

@@ -11,6 +11,7 @@ It is written beside its place, flushed to the disk, and renamed into it. No fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 CONSOLIDATED_FOLDER = "consolidated"
 CONSOLIDATED_FILE = "consolidated.pth"
 CONFIG_FILE = "params.json"
+TRAIN_STATE_KEYS = ("step", "data_loader_state")
 
 _WHOLE = re.compile(r"\d{10}")
 _BEING_WRITTEN = re.compile(r"\.\d{10}\.(tmp|old)")
@@ -110,8 +112,7 @@ class CheckpointManager:
             if isinstance(error, (OSError, ValueError)):
                 raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
             raise
-        if self.rank == 0:
-            self._retain(newest=step)
+        self._on_first_rank(lambda: self._retain(newest=step))
         return final
 
     def clean_up(self) -> None:
@@ -201,13 +202,13 @@ def find_damage(folder: Path) -> str | None:
 
 
 def find_damaged_json(folder: Path) -> str | None:
-    """What is wrong with the config and the loader states beside a distributed checkpoint; None if nothing is."""
+    """What is wrong with the config and the training states beside a distributed checkpoint; None if nothing is."""
     files = [folder / CONFIG_FILE, *sorted(folder.glob("train_state_*.json"))]
     if len(files) == 1:
         return "it has no train_state_*.json"
     for file in files:
         try:
-            read_json(file)
+            read_json(file, () if file.name == CONFIG_FILE else TRAIN_STATE_KEYS)
         except (OSError, ValueError) as error:
             return str(error)
     return None
@@ -260,14 +261,21 @@ def read_train_state(folder: Path, rank: int, world_size: int) -> dict[str, Any]
             f"{folder}: written by {written} data-parallel ranks, and this run has {world_size}, which is not "
             f"supported yet; start it with {written}, or a new run from the weights with checkpoint.init_ckpt_path"
         )
-    return read_json(folder / f"train_state_{rank:05d}.json")
+    return read_json(folder / f"train_state_{rank:05d}.json", TRAIN_STATE_KEYS)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """A JSON object that has `keys`; raises ValueError for anything else."""
     try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
+        loaded = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
+    for key in keys:
+        if not isinstance(loaded, dict) or key not in loaded:
+            raise ValueError(f'{file}: has no "{key}"; it was not written by this code, or is damaged')
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{file}: a JSON {type(loaded).__name__} where an object is wanted")
+    return loaded
 
 
 def find_consolidated(path: Path) -> Path | None:
@@ -363,7 +371,7 @@ def _refuse_surplus(folder: Path, found: dict[str, Any], wanted: dict[str, Any],
         raise ValueError(f"{folder}: the checkpoint has {some}, which this model lacks; check the `model` settings")
     # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model
     # finds out where it is given them beside what has their shape.
-    for name in stored.keys() - kept.keys():
+    for name in sorted(stored.keys() - kept.keys()):
         alike = [key for key in kept if kept[key].shape == stored[name].size]
         tensors = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in (name, *alike)}
         _fill(folder, {"model": tensors})
@@ -468,9 +476,12 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _without_warnings() -> warnings.catch_warnings:
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
     """For calls that warn of saving and loading without a process group, which is meant."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _first_mismatch(error: RuntimeError) -> str:

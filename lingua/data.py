@@ -388,10 +388,16 @@ def check_state_fits(args: DataArgs, state: State) -> None:
         )
     made_with = state["made_with"]
     for key, now in _describe(args, made_with["rank"], made_with["world_size"]).items():
-        if made_with[key] != now:
+        then = made_with.get(key)
+        if then != now:
+            if key == "files":
+                source = next(source for source in now if now[source] != then.get(source))
+                key = f"data.sources.{source}"
+                changed = sorted(set(now[source]) ^ set(then[source]))
+                now, then = f"{len(now[source])} files", f"{len(then[source])} files (among what differs: {changed[0]})"
             raise ValueError(
-                f"{key}: {now} now, but {made_with[key]} when the checkpoint was written, so its place in the data is "
-                "lost; set it back, or start a new run from the weights with checkpoint.init_ckpt_path"
+                f"{key}: {now} now, but {then} when the checkpoint was written, so its place in the data is lost; set "
+                "it back, or start a new run from the weights with checkpoint.init_ckpt_path"
             )
 
 

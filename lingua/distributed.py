@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -12,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lingua.args import looks_secret
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,9 @@ def find_world() -> World:
     there are more local ranks than CUDA devices.
     """
     if "LOCAL_RANK" in os.environ:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if not os.environ.get(name, "").isdecimal():
+                raise ValueError(f"{name}: no number in the environment, though LOCAL_RANK is set; start with torchrun")
         world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise ValueError("srun with several tasks is not supported yet; start torchrun in each node's task instead")
@@ -148,9 +154,7 @@ def _refuse_what_is_to_come(args: DistributedArgs, world: World) -> None:
         if is_wanted:
             raise ValueError(
                 f"distributed.{name}: {getattr(args, name)} is not available yet; "
-                f"set it to {getattr(plain, name) if getattr(plain, name) is not None else 'null'}".replace(
-                    "False", "false"
-                )
+                f"set it to {json.dumps(getattr(plain, name))}"
             )
 
 
@@ -169,7 +173,10 @@ def process_group(world: World) -> Iterator[None]:
 
 
 def set_environment(variables: dict[str, str]) -> None:
-    """Sets the variables of config section `env`, telling of each that was something else before."""
+    """Sets the variables of config section `env`, telling of each that was something else before.
+
+    They reach what starts after this: NCCL and the loader's process. torch has its number of threads by then.
+    """
     for name, value in variables.items():
         before = os.environ.get(name)
         if before not in (None, value):
@@ -198,9 +205,18 @@ def reduce_sum(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; all ranks get the same answer."""
-    return reduce_sum([float(flag)])[0] > 0
+def any_rank(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set on any rank; all ranks get the same answers."""
+    return [count > 0 for count in reduce_sum([float(flag) for flag in flags])]
+
+
+def from_first_rank(value: T) -> T:
+    """The first rank's value, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import sys
 from pathlib import Path
 
@@ -13,19 +14,34 @@ class _TerminalHandler(logging.StreamHandler):
     """Of a class of its own, so that a second run in a process finds the first one's and replaces it."""
 
 
+class _EarlyRecords(logging.handlers.MemoryHandler):
+    """Of a class of its own for the same reason."""
+
+
+_OURS = (_TerminalHandler, _EarlyRecords)
+
+
 def init_logger(rank: int = 0, world_size: int = 1) -> None:
     """Sends this process's log records to the terminal; call it before the first message."""
     root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if not isinstance(handler, _TerminalHandler)]
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler, _OURS)]
     handler = _TerminalHandler(sys.stdout if rank == 0 else sys.stderr)
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     _add(handler, f"[rank {rank}] " if world_size > 1 else "")
+    # What is said before there is a log file is kept for it.
+    _add(_EarlyRecords(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False), "")
     logging.captureWarnings(True)
 
 
 def add_log_file(file: Path) -> logging.Handler:
-    """Appends this process's records to `file` too, until `remove_log_file`."""
-    return _add(logging.FileHandler(file, encoding="utf-8"), "")
+    """Appends this process's records to `file`, earlier ones too, until `remove_log_file`."""
+    handler = _add(logging.FileHandler(file, encoding="utf-8"), "")
+    root = logging.getLogger()
+    for early in [handler for handler in root.handlers if isinstance(handler, _EarlyRecords)]:
+        early.setTarget(handler)
+        early.flush()
+        root.removeHandler(early)
+    return handler
 
 
 def remove_log_file(handler: logging.Handler) -> None:

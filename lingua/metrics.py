@@ -66,8 +66,6 @@ class MetricsLogger:
 
     def close(self) -> None:
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any]) -> Any:
@@ -78,14 +76,17 @@ def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any])
     import wandb
 
     id_file = folder / "wandb_run_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
-    defaults = {"dir": str(folder), "id": id_file.read_text(), "resume": "allow"}
+    run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
+    defaults = {"dir": str(folder), "id": run_id, "resume": "allow"}
     try:
         with _without_slurm_secrets():
-            return wandb.init(**{**defaults, **arguments}, config=config)
+            run = wandb.init(**{**defaults, **arguments}, config=config)
     except (wandb.Error, TypeError, ValueError) as error:
         raise ValueError(f"logging.wandb: wandb does not start ({error})") from None
+    beside = folder / "wandb_run_id.tmp"
+    beside.write_text(run_id)
+    os.replace(beside, id_file)
+    return run
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def validate_optim_args(args: OptimArgs) -> None:
     """Raises ValueError, one line that names the key."""
     if args.scheduler not in SCHEDULERS:
         raise ValueError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
-    for name in ("lr", "weight_decay", "epsilon", "clip", "warmup", "lr_min_ratio"):
+    for name in ("lr", "weight_decay", "epsilon", "warmup", "lr_min_ratio"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"optim.{name}: {value} must be 0 or more")

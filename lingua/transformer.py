@@ -235,7 +235,7 @@ class Attention(nn.Module):
 
     def reset_parameters(self, std: float) -> None:
         for linear in (self.wq, self.wk, self.wv, self.wo):
-            _truncated_normal(linear.weight, std)
+            truncated_normal(linear.weight, std)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
@@ -256,13 +256,14 @@ class FeedForward(nn.Module):
     def reset_parameters(self, std: float | None, factor: float) -> None:
         """`std`: of all three, or None for one over the root of each one's input size; divided by `factor`."""
         for linear in (self.w1, self.w2, self.w3):
-            _truncated_normal(linear.weight, (std or linear.in_features**-0.5) / factor)
+            truncated_normal(linear.weight, (std or linear.in_features**-0.5) / factor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def _truncated_normal(weight: torch.Tensor, std: float) -> None:
+def truncated_normal(weight: torch.Tensor, std: float) -> None:
+    """Fills `weight` from a normal distribution cut at 3 standard deviations."""
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 

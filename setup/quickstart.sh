@@ -2,7 +2,7 @@
 # The whole way once: environment, sample text, training, validation, a continuation, a summary.
 #
 #   bash setup/quickstart.sh                                 # into dumps/debug
-#   bash setup/quickstart.sh dump_dir=/tmp/try steps=100     # any key of the training config
+#   bash setup/quickstart.sh dump_dir=/tmp/try steps=100     # keys of the training config
 #
 # What is there already is not made again: stop it at any time and start it again.
 set -euo pipefail
@@ -10,7 +10,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 dump_dir=dumps/debug
 for argument in "$@"; do
-  case $argument in dump_dir=*) dump_dir=${argument#dump_dir=} ;; esac
+  case $argument in
+    dump_dir=*) dump_dir=${argument#dump_dir=} ;;
+    config=* | checkpoint.path=*) echo "quickstart: leave $argument out; train with it by hand" >&2; exit 1 ;;
+  esac
 done
 stage() { printf '\n[%s/5] %s\n' "$1" "$2"; }
 

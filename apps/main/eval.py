@@ -9,6 +9,7 @@ lm-eval (`harness`), several ranks and evaluation during training are still to c
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -132,25 +133,24 @@ def validate_source(
         with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
             return cross_entropy(model(inputs), targets, ignore_index=IGNORED, reduction="sum").item()
 
-    for file in files:
-        for text in read_documents(file):
-            if max_steps is not None and steps >= max_steps:
-                break
-            tokens = tokenizer.encode(text, train_data["add_bos"], train_data["add_eos"])
-            totals["n_documents"] += 1
-            totals["n_tokens"] += max(len(tokens) - 1, 0)
-            totals["n_bytes"] += len(text.encode(errors="replace"))
-            for row in rows_of(tokens, model.max_seqlen):
-                rows.append(row)
-                if len(rows) == train_data["batch_size"]:
-                    nll += flush()
-                    rows.clear()
-                    steps += 1
-            if time.monotonic() - reported > 3:
-                reported = time.monotonic()
-                size = sum(path.stat().st_size for path in files)
-                left = (reported - start) * max(size / max(totals["n_bytes"], 1) - 1, 0)
-                logger.info("%s documents, left: %s at most", totals["n_documents"], format_duration(left))
+    for text in itertools.chain.from_iterable(map(read_documents, files)):
+        if max_steps is not None and steps >= max_steps:
+            break
+        tokens = tokenizer.encode(text, train_data["add_bos"], train_data["add_eos"])
+        totals["n_documents"] += 1
+        totals["n_tokens"] += max(len(tokens) - 1, 0)
+        totals["n_bytes"] += len(text.encode(errors="replace"))
+        for row in rows_of(tokens, model.max_seqlen):
+            rows.append(row)
+            if len(rows) == train_data["batch_size"]:
+                nll += flush()
+                rows.clear()
+                steps += 1
+        if time.monotonic() - reported > 3:
+            reported = time.monotonic()
+            size = sum(path.stat().st_size for path in files)
+            left = (reported - start) * max(size / max(totals["n_bytes"], 1) - 1, 0)
+            logger.info("%s documents, left: %s at most", totals["n_documents"], format_duration(left))
     if rows:
         nll += flush()
     if totals["n_tokens"] == 0:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs
-from lingua.args import from_dict, parse_args
+from lingua.args import from_dict, parse_args, to_dict
 from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FOLDER, find_consolidated, load_model, read_json
+from lingua.data import DataArgs
 from lingua.distributed import DTYPES, run_main
-from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
+from lingua.tokenizer import Tokenizer, build_tokenizer
 
 
 @dataclass
@@ -90,10 +91,12 @@ def load_consolidated_model_and_tokenizer(
     config_file = next((file for file in configs if file.is_file()), None)
     if config_file is None or not ((path / ".metadata").is_file() or find_consolidated(path)):
         raise ValueError(f"ckpt: '{path}' is no checkpoint: it lacks {CONFIG_FILE}, or a model beside it")
-    config = read_json(config_file)
-    tokenizer_args = from_dict(TokenizerArgs, config["data"]["tokenizer"], str(config_file))
+    config = read_json(config_file, ("data", "model"))
+    data_args = from_dict(DataArgs, config["data"], f"data in {config_file}")
+    config["data"], tokenizer_args = to_dict(data_args), data_args.tokenizer
     tokenizer = build_tokenizer(tokenizer_args.name, tokenizer_args.path)
-    model_args = from_dict(LMTransformerArgs, config["model"], str(config_file))
+    model_args = from_dict(LMTransformerArgs, config["model"], f"model in {config_file}")
+    config["model"] = to_dict(model_args)
     if model_args.vocab_size == -1:
         model_args.vocab_size = tokenizer.n_words
     with torch.device("meta"):
@@ -108,7 +111,8 @@ def sample(logits: torch.Tensor, args: GeneratorArgs, random: torch.Generator) -
     """One token id from logits (vocab,). The likeliest always stays in the choice."""
     if args.temperature == 0:
         return int(logits.argmax())
-    probabilities, tokens = torch.softmax(logits.float() / args.temperature, dim=-1).sort(descending=True)
+    logits = logits.float() - logits.max()  # a temperature next to 0 then makes no infinities that cancel
+    probabilities, tokens = torch.softmax(logits / args.temperature, dim=-1).sort(descending=True)
     if args.top_p is not None:
         probabilities[probabilities.cumsum(-1) - probabilities >= args.top_p] = 0
     if args.top_k is not None:
@@ -125,7 +129,9 @@ def continue_text(
     The model sees the last max_seqlen tokens.
     """
     device = next(model.parameters()).device
-    tokens = tokenizer.encode(prompt, add_bos=True, add_eos=False)
+    tokens = tokenizer.encode(prompt, add_bos=tokenizer.bos_id >= 0, add_eos=False)
+    if not tokens:
+        raise ValueError("prompt: empty, and the tokenizer has no BOS to begin with")
     if args.max_prompt_len is not None:
         tokens = tokens[-args.max_prompt_len :]
     generated: list[int] = []
@@ -133,7 +139,8 @@ def continue_text(
     for _ in range(args.max_gen_len):
         seen = torch.tensor([tokens[-model.max_seqlen :]], device=device)
         with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32"):
-            token = sample(model(seen)[0, -1], args, random)
+            # A vocabulary may be padded beyond the tokenizer's words.
+            token = sample(model(seen)[0, -1, : tokenizer.n_words], args, random)
         if token == tokenizer.eos_id:
             break
         tokens.append(token)

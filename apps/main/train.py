@@ -49,6 +49,7 @@ from lingua.distributed import (
     any_rank,
     default_environment,
     find_world,
+    from_first_rank,
     process_group,
     reduce_sum,
     run_main,
@@ -73,6 +74,8 @@ from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedul
 from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
+
+Batch = tuple[np.ndarray, dict[str, Any]]  # and the loader's state behind it
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
@@ -192,11 +195,12 @@ def set_torch_options(args: TrainArgs) -> None:
 
 def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
     dense, memory = count_parameters(model)
+    threads = torch.get_num_threads()
     logger.info("parameters: %s dense, %s in memory values", f"{dense:,}", f"{memory:,}")
     logger.info(
         "%s rank(s) on %s (%s), computing in %s; torch %s, Python %s",
         world.size,
-        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
+        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {threads} threads",
         platform.node(),
         args.distributed.model_dtype,
         torch.__version__,
@@ -236,17 +240,19 @@ class Run:
         self.tokens_per_batch = args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
 
-    def find_place(self) -> Path | None:
-        """Sets step and loader to where training goes on; returns the checkpoint to take the rest from, if any."""
-        init = self.args.checkpoint.init_ckpt_path
-        folder = self.checkpoints.latest()
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, if any, as the first rank sees it: others may see the disk later."""
+        folder = self.checkpoints.latest() if self.world.rank == 0 else None
         if folder is None and self.args.checkpoint.continue_training_from_init:
-            folder = Path(init)
+            folder = Path(self.args.checkpoint.init_ckpt_path)
+        return folder
+
+    def go_to(self, folder: Path | None) -> None:
+        """Sets step and loader to where training goes on."""
         if folder is not None:
             train_state = read_train_state(folder, self.world.rank, self.world.size)
             self.step, self.loader_state = train_state["step"], train_state["data_loader_state"]
             check_state_fits(self.args.data, self.loader_state)
-        return folder
 
     def materialize(self, resume_from: Path | None) -> None:
         """Gives the model its memory and weights, and makes the optimizer."""
@@ -271,13 +277,16 @@ class Run:
         dtype = DTYPES[self.args.distributed.model_dtype]
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
-    def train_step(self, batches: Iterator[tuple[np.ndarray, dict[str, Any]]]) -> Step:
-        """`grad_acc_steps` batches forward and backward; gradients are averaged over ranks, clipped and used once."""
+    def fetch(self, loader: Iterator[Batch]) -> list[Batch]:
+        """The batches of the next step."""
+        with self.stopwatch.waiting_for_data():
+            return [next(loader) for _ in range(self.args.grad_acc_steps)]
+
+    def train_step(self, batches: list[Batch]) -> Step:
+        """All batches forward and backward; gradients are averaged over ranks, clipped and used once."""
         n_batches, acc_freq = self.args.grad_acc_steps, self.args.logging.acc_freq
         loss_sum = torch.zeros((), device=self.world.device)
-        for number in range(1, n_batches + 1):
-            with self.stopwatch.waiting_for_data():
-                batch, self.loader_state = next(batches)
+        for number, (batch, self.loader_state) in enumerate(batches, start=1):
             tokens = torch.from_numpy(batch).to(self.world.device)
             between = number < n_batches and self.wrapped is not self.model
             with self.wrapped.no_sync() if between else contextlib.nullcontext():
@@ -286,7 +295,8 @@ class Run:
                 (loss / n_batches).backward()
             loss_sum += loss.detach()
             if acc_freq is not None and number < n_batches and number % acc_freq == 0:
-                self.log_batches(number, loss_sum / number)
+                with together():
+                    self.log_batches(number, loss_sum / number)
         norms = clip_gradients(self.model, self.args.optim.clip)
         self.optimizer.step()
         self.scheduler.step()
@@ -376,30 +386,30 @@ def open_logs(run: Run) -> Iterator[None]:
         yield
         return
     args, folder = run.args, Path(run.args.dump_dir)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    wandb_run = None
-    if args.logging.wandb is not None:
-        try:
-            wandb_run = start_wandb(folder, {"name": args.name, **args.logging.wandb}, to_dict(args))
-        except ValueError:
-            if is_new:
-                shutil.rmtree(folder)
-            raise
-    log_file = add_log_file(folder / "train.log")
-    beside = folder / "config.yaml.tmp"
-    beside.write_text(to_yaml(args), encoding="utf-8")
-    beside.rename(folder / "config.yaml")
-    dropped = drop_metrics_after(folder / "metrics.jsonl", run.step)
-    if dropped:
-        logger.info("dropped %s metrics lines past step %s, which is computed again", dropped, run.step)
-    run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
-    log_start(args, run.world, run.model)
-    try:
+    with contextlib.ExitStack() as stack:
+        wandb_run = None
+        if args.logging.wandb is not None:
+            missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                wandb_run = start_wandb(folder, {"name": args.name, **args.logging.wandb}, to_dict(args))
+            except ValueError:
+                if missing:
+                    shutil.rmtree(missing[-1])
+                raise
+            stack.push(lambda kind, *_: wandb_run.finish(exit_code=0 if kind is None else 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.callback(remove_log_file, add_log_file(folder / "train.log"))
+        beside = folder / "config.yaml.tmp"
+        beside.write_text(to_yaml(args), encoding="utf-8")
+        beside.rename(folder / "config.yaml")
+        dropped = drop_metrics_after(folder / "metrics.jsonl", run.step)
+        if dropped:
+            logger.info("dropped %s metrics lines past step %s, which is computed again", dropped, run.step)
+        run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
+        stack.callback(run.metrics.close)
+        log_start(args, run.world, run.model)
         yield
-    finally:
-        run.metrics.close()
-        remove_log_file(log_file)
 
 
 def train(args: TrainArgs) -> None:
@@ -418,7 +428,10 @@ def train(args: TrainArgs) -> None:
         stack.enter_context(process_group(world))
         with together():
             run = Run(args, world)
-            resume_from = run.find_place()
+            found = run.find_checkpoint()
+        resume_from = from_first_rank(found)
+        with together():
+            run.go_to(resume_from)
             if run.step >= args.steps:
                 logger.info("all %s steps are done (%s); nothing to do", args.steps, resume_from)
                 return
@@ -440,22 +453,39 @@ def train(args: TrainArgs) -> None:
         train_steps(run, batches, stop_signal)
 
 
-def train_steps(run: Run, batches: Iterator[tuple[np.ndarray, dict[str, Any]]], stop_signal: StopSignal) -> None:
+def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:
     """The loop. The last step is checkpointed whatever the schedule of checkpoints says."""
+    steps, saved = run.args.steps, run.step
     run.stopwatch.restart_lap()
-    while run.step < run.args.steps:
-        step = run.train_step(batches)
-        if run.step % run.args.logging.freq == 0 or run.step == run.args.steps:
-            run.log_step(step)
-        stopping = any_rank(stop_signal.name is not None)
-        if run.checkpoints.is_due(run.step) or stopping or run.step == run.args.steps:
-            run.save()
+    while run.step < steps:
+        batches, error = [], None
+        try:
+            batches = run.fetch(loader)
+        except (ValueError, OSError) as caught:
+            error = caught
+        # All ranks hear of it, and stop at the same step.
+        failing, stopping = any_rank(error is not None, stop_signal.name is not None)
+        if failing:
+            with together():
+                if error is not None:
+                    raise error
         if stopping:
-            logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
-            return
+            break
+        step = run.train_step(batches)
+        if run.step % run.args.logging.freq == 0 or run.step == steps:
+            with together():
+                run.log_step(step)
+        if run.checkpoints.is_due(run.step) or run.step == steps:
+            run.save()
+            saved = run.step
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()
-    logger.info("done: %s steps", run.args.steps)
+    if run.step > saved:
+        run.save()
+    if run.step < steps:
+        logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
+    else:
+        logger.info("done: %s steps", steps)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from lingua.transformer import (
     RMSNorm,
     create_causal_mask,
     cross_entropy,
+    truncated_normal,
     validate_transformer_args,
 )
 
@@ -77,14 +80,13 @@ class LMTransformer(BaseTransformer):
     def init_weights(self) -> None:
         """Draws all parameters anew from the model's seed (section 3 of the interface names the distributions)."""
         device = self.tok_embeddings.weight.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+        with _seeded(self.seed, device):
             super().init_weights()
             std = self.init_base_std or self.dim**-0.5
-            nn.init.trunc_normal_(self.tok_embeddings.weight, std=std, a=-3 * std, b=3 * std)
+            truncated_normal(self.tok_embeddings.weight, std)
             self.norm.reset_parameters()
             if self.output is not None:
-                nn.init.trunc_normal_(self.output.weight, std=std, a=-3 * std, b=3 * std)
+                truncated_normal(self.output.weight, std)
 
     def forward(
         self,
@@ -100,6 +102,19 @@ class LMTransformer(BaseTransformer):
         h = self.norm(h)
         logits = F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
         return logits if target is None else cross_entropy(logits, target)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of `device` from `seed`, and afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        else:
+            # Not torch.manual_seed, which would seed the generators of all GPUs, too.
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def count_parameters(model: LMTransformer) -> tuple[int, int]:

@@ -9,7 +9,7 @@ slots, stands beside it.
 import torch
 import torch.nn.functional as F
 
-# Elements of the table that are gathered at once: bounds its memory to a few times 64 MiB.
+# Elements of the table that are gathered at once, 64 MiB in fp32; the gradient of the rows read comes on top of that.
 CHUNK_ELEMENTS = 2**24
 
 

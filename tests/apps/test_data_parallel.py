@@ -3,6 +3,8 @@
 import contextlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -183,8 +185,8 @@ def test_debug_config(tmp_path):
     data = REPOSITORY / "data" / "sample"
     if not (data / "stdlib").is_dir():
         data = tmp_path / "sample"
-        arguments = ["runpy", str(REPOSITORY / "setup" / "make_sample_data.py"), "--out", data]
-        run_command(arguments).ok()
+        script = REPOSITORY / "setup" / "make_sample_data.py"
+        subprocess.run([sys.executable, script, "--out", data], check=True, capture_output=True)
     few = ["steps=3", "logging.freq=1", "data.batch_size=2", "data.seq_len=64", "data.prefetch_size=4"]
     argv = ["config=apps/main/configs/debug.yaml", f"dump_dir={tmp_path / 'run'}", f"data.root_dir={data}", *few]
     run_command(torchrun(2, argv)).ok()

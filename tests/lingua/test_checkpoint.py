@@ -34,6 +34,10 @@ from lingua.product_key.memory import ProductKeyArgs
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
+def train_state(step: int) -> dict[str, object]:
+    return {"step": step, "data_loader_state": {}}
+
+
 class Small:
     """A model that fits in a few kilobytes, its optimizer and their manager; after step n every weight is n."""
 
@@ -46,7 +50,7 @@ class Small:
 
     def save(self, step):
         self.set(step)
-        return self.manager.save(step, self.model, self.optimizer, {"step": step}, {"name": "small"})
+        return self.manager.save(step, self.model, self.optimizer, train_state(step), {"name": "small"})
 
     def set(self, number):
         with torch.no_grad():
@@ -62,7 +66,7 @@ class Small:
         for parameter in self.model.parameters():
             assert (parameter == step).all()
             assert (self.optimizer.state[parameter]["exp_avg"] == step).all()
-        assert read_train_state(folder, 0, 1) == {"step": step}
+        assert read_train_state(folder, 0, 1) == train_state(step)
         assert json.loads((folder / "params.json").read_text()) == {"name": "small"}
 
 
@@ -395,7 +399,7 @@ def save_model(model, path):
     tokens = torch.arange(16).view(2, 8)
     model(tokens, tokens).backward()
     optimizer.step()
-    return CheckpointManager(CheckpointArgs(), path).save(1, model, optimizer, {"step": 1}, {"name": "model"})
+    return CheckpointManager(CheckpointArgs(), path).save(1, model, optimizer, train_state(1), {"name": "model"})
 
 
 def assert_same_weights(model, other):
