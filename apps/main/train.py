@@ -379,6 +379,15 @@ def collecting_by_steps() -> Iterator[None]:
         gc.enable()
 
 
+def remove_made(folders: list[Path]) -> None:
+    """Takes back folders that were made a moment ago, the innermost first with all in it, its parents if empty."""
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)
+    for parent in folders[1:]:
+        with contextlib.suppress(OSError):  # another run may have put its own there in the meantime
+            parent.rmdir()
+
+
 @contextlib.contextmanager
 def open_logs(run: Run) -> Iterator[None]:
     """Makes dump_dir on the first rank, with config.yaml, train.log, metrics.jsonl; closes the logs at the end."""
@@ -394,8 +403,7 @@ def open_logs(run: Run) -> Iterator[None]:
             try:
                 wandb_run = start_wandb(folder, {"name": args.name, **args.logging.wandb}, to_dict(args))
             except ValueError:
-                if missing:
-                    shutil.rmtree(missing[-1])
+                remove_made(missing)
                 raise
             stack.push(lambda kind, *_: wandb_run.finish(exit_code=0 if kind is None else 1))
         folder.mkdir(parents=True, exist_ok=True)
