@@ -160,16 +160,22 @@ def _refuse_what_is_to_come(args: DistributedArgs, world: World) -> None:
 
 @contextlib.contextmanager
 def process_group(world: World) -> Iterator[None]:
-    """Joins the other ranks: nccl for tensors on GPUs, gloo for those on CPUs. Nothing to do for one process."""
+    """Joins the other ranks: nccl for tensors on GPUs, gloo for those on CPUs. Nothing to do for one process.
+
+    The group stays until the process ends (`run_main`): taking it down while DDP still holds on to it was seen to hang
+    now and then.
+    """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
         yield
         return
-    dist.init_process_group(backend="cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend=backend, timeout=TIMEOUT)
     yield
-    # Only on the way out without an error: others may still wait in a collective, and would make this one wait too.
-    dist.destroy_process_group()
+    # Nobody leaves before all are done: the first rank keeps the store that others may still ask.
+    reduce_sum([0.0])
 
 
 def set_environment(variables: dict[str, str]) -> None:
@@ -243,10 +249,12 @@ def together() -> Iterator[None]:
 
 
 def _leave(code: object) -> None:
-    """Ends the process; at once where a process group is left, which could wait for the others on its way out."""
+    """Ends the process; at once where there is a process group, which could wait for the others on its way out."""
     if dist.is_initialized():
+        logging.shutdown()
         sys.stdout.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)
 
 
@@ -257,6 +265,8 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        if dist.is_initialized():
+            _leave(0)
     except (ValueError, OSError) as error:
         if os.environ.get("LINGUA_TRACEBACK"):
             raise
