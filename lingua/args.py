@@ -119,15 +119,15 @@ def read_yaml(file: str) -> DictConfig:
         if not Path(file).is_file():
             raise ValueError(f"config: no file '{file}' (from {os.getcwd()})")
     except OSError as error:
-        raise ValueError(f"config: {_first_line(error)}") from None
+        raise ValueError(f"config: {first_line(error)}") from None
     try:
         loaded = OmegaConf.load(file)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else file
-        raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or _first_line(error)})") from None
+        raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
     except Exception as error:  # of the disk, the encoding, or any kind out of the constructors of YAML tags
-        raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from None
+        raise ValueError(f"{file}: cannot be read ({first_line(error)})") from None
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{file}: wanted a mapping of keys to values")
     return loaded
@@ -138,7 +138,7 @@ def _read_argument(argument: str) -> DictConfig:
         return OmegaConf.from_dotlist([argument])
     except Exception as error:  # of any kind, as in read_yaml
         key, _, value = argument.partition("=")
-        raise ValueError(f"{key}: {value!r} cannot be read (from command line; {_first_line(error)})") from None
+        raise ValueError(f"{key}: {value!r} cannot be read (from command line; {first_line(error)})") from None
 
 
 def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig:
@@ -161,7 +161,7 @@ def _to_object(config: DictConfig) -> Any:
 
 def _explain(error: OmegaConfBaseException, origin: str | None) -> str:
     where = f" (from {origin})" if origin else ""
-    message = _first_line(error)
+    message = first_line(error)
     match = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
     if match:
         kind = {"Integer": "a whole number", "Float": "a number"}.get(match[2], match[2])
@@ -175,7 +175,8 @@ def _explain(error: OmegaConfBaseException, origin: str | None) -> str:
     return f"{error.full_key}: {message}{where}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's message; the name of its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lingua.args import first_line
 from lingua.distributed import together
 
 logger = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ def read_consolidated(file: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: not a consolidated checkpoint ({_first_line(error)})") from None
+        raise ValueError(f"{file}: not a consolidated checkpoint ({first_line(error)})") from None
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f'{file}: not a consolidated checkpoint; wanted {{"model": names to tensors}}')
@@ -324,7 +325,7 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
         beside.rename(folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"{folder} could not be written: {_first_line(error)}") from None
+        raise OSError(f"{folder} could not be written: {first_line(error)}") from None
     return folder
 
 
@@ -432,7 +433,7 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{file} is damaged ({_first_line(error)})") from None
+        raise ValueError(f"{file} is damaged ({first_line(error)})") from None
     try:
         sound = isinstance(metadata, Metadata) and all(
             isinstance(stored.relative_path, str) and stored.offset >= 0 and stored.length >= 0
@@ -494,9 +495,5 @@ def _first_mismatch(error: RuntimeError) -> str:
 def _root_cause(error: BaseException) -> str:
     """The message of what went wrong, out of the exception that tells of all ranks."""
     for cause in getattr(error, "failures", {}).values():
-        return _first_line(cause[0] if isinstance(cause, tuple) else cause)
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(cause[0] if isinstance(cause, tuple) else cause)
+    return first_line(error)

@@ -34,14 +34,6 @@ from lingua.optim import build_optimizer, clip_gradients
 STEPS = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run(tiny, tmp_path):
     """Arguments of a run of two ranks: `run(name, *key_values)`."""

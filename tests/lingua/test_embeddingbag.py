@@ -14,15 +14,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-12}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors as small as these, more threads than one only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def check(indices, weight, scores, grad, tolerance=None):
     """Result and both gradients. Scores are rounded to the table's type, which the reference does too."""
     weight, scores = weight.clone().requires_grad_(), scores.clone().requires_grad_()

@@ -23,15 +23,6 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors as small as these, more threads than one only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def name_variant(variant: dict) -> str:
     return " ".join(f"{key}={value}" for key, value in variant.items() if value) or "plain"
 

@@ -23,15 +23,6 @@ from lingua.optim import (
 from lingua.product_key.memory import ProductKeyArgs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors as small as these, more threads than one only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def build_model(**productkey_args) -> LMTransformer:
     options = {"layers": "1,2", "mem_n_keys": 8, "mem_heads": 2, "mem_knn": 4, "mem_k_dim": 4, **productkey_args}
     return LMTransformer(

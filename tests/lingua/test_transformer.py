@@ -26,15 +26,6 @@ from lingua.transformer import (
 MEMORY = {"layers": "1", "mem_n_keys": 8, "mem_heads": 2, "mem_knn": 4, "mem_k_dim": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors as small as these, more threads than one only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def make_args(memory: dict | None = None, **changes) -> LMTransformerArgs:
     options = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 23, "max_seqlen": 16, "multiple_of": 8, **changes}
     productkey_args = ProductKeyArgs(is_enabled=memory is not None, **(memory or {}))
