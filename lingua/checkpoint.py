@@ -20,6 +20,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lingua.args import first_line
+from lingua.data import redistribute_state
 from lingua.distributed import together
 
 logger = logging.getLogger(__name__)
@@ -65,22 +68,30 @@ class SaveEvery:
 
 @dataclass
 class CheckpointArgs:
-    """Config section `checkpoint`. `path`: dump_dir/checkpoints where null."""
+    """Config section `checkpoint`. `path`: dump_dir/checkpoints where null. `save_async`: train on while writing."""
 
     dump: SaveEvery = field(default_factory=SaveEvery)
     eval: SaveEvery = field(default_factory=SaveEvery)
     path: str | None = None
     init_ckpt_path: str | None = None
     continue_training_from_init: bool = False
+    save_async: bool = False
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Its methods are called by all ranks together."""
+    """The checkpoints of one run. Its methods are called by all ranks together.
 
-    def __init__(self, args: CheckpointArgs, path: Path, rank: int = 0, world_size: int = 1):
+    Args:
+        data_rank: the number under which this rank writes its training state, None where another rank writes the same.
+    """
+
+    def __init__(self, args: CheckpointArgs, path: Path, rank: int = 0, data_rank: int | None = 0):
         self.args = args
         self.path = path
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.data_rank = rank, data_rank
+        self._group: dist.ProcessGroup | None = None
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
 
     def is_due(self, step: int) -> bool:
         return self.args.dump.is_due(step) or self.args.eval.is_due(step)
@@ -99,22 +110,51 @@ class CheckpointManager:
     ) -> Path:
         """Writes the checkpoint of `step`, then removes those that retention gives up.
 
-        Raises OSError (on all ranks) where it cannot be written; nothing half-written stays then.
+        With `save_async` it returns as soon as everything is copied to the CPU's memory, and `finish` waits for the
+        rest. Raises OSError (on all ranks) where it, or the one before it that was still being written, cannot be
+        written; nothing half-written stays then.
         """
-        final, beside = self.path / f"{step:010d}", self.path / f".{step:010d}.tmp"
-        try:
+        self.finish()
+        final, beside = self._places(step)
+        with self._whole_or_not_at_all(step):
             self._on_first_rank(lambda: self._make_room(beside))
             with together():
-                self._write(beside, model, optimizer, train_state, config)
-            self._on_first_rank(lambda: self._put_in_place(beside, final))
+                self._write_json_files(beside, train_state, config)
+                state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+                if self.args.save_async:
+                    self._pending = (step, self._write_later(step, state))
+                else:
+                    self._write(beside, state)
+            if not self.args.save_async:
+                self._on_first_rank(lambda: self._put_in_place(step))
+        if not self.args.save_async:
+            self._on_first_rank(lambda: self._retain(newest=step))
+        return final
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that is being written in the background, if any, is in its place.
+
+        Raises OSError as `save` does.
+        """
+        if self._pending is None:
+            return
+        (step, written), self._pending = self._pending, None
+        with self._whole_or_not_at_all(step), together():
+            written.result()
+
+    def _places(self, step: int) -> tuple[Path, Path]:
+        return self.path / f"{step:010d}", self.path / f".{step:010d}.tmp"
+
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             if self.rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(self._places(step)[1], ignore_errors=True)
             if isinstance(error, (OSError, ValueError)):
                 raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
             raise
-        self._on_first_rank(lambda: self._retain(newest=step))
-        return final
 
     def clean_up(self) -> None:
         """Removes what a killed run left half-written."""
@@ -127,22 +167,43 @@ class CheckpointManager:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
 
-    def _write(
-        self, folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any], config: dict[str, Any]
-    ) -> None:
-        state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-        try:
-            with _without_warnings():
-                dcp.save(state, storage_writer=FileSystemWriter(folder), no_dist=not dist.is_initialized())
-        except (Exception, CheckpointException) as error:
-            # Some of torch's errors on a full disk do not say that it is full.
-            full = "No space left on device: " if shutil.disk_usage(folder).free < 2**20 else ""
-            raise OSError(full + _root_cause(error)) from None
-        _write_json(folder / f"train_state_{self.rank:05d}.json", train_state)
+    def _write_json_files(self, folder: Path, train_state: dict[str, Any], config: dict[str, Any]) -> None:
+        if self.data_rank is not None:
+            _write_json(folder / f"train_state_{self.data_rank:05d}.json", train_state)
         if self.rank == 0:
             _write_json(folder / CONFIG_FILE, config)
 
-    def _put_in_place(self, beside: Path, final: Path) -> None:
+    def _write(self, folder: Path, state: dict[str, Any]) -> None:
+        with _errors_of_writing(folder), _without_warnings():
+            dcp.save(state, storage_writer=FileSystemWriter(folder), no_dist=not dist.is_initialized())
+
+    def _write_later(self, step: int, state: dict[str, Any]) -> Future[None]:
+        """Copies the state, then writes and puts it in its place behind the training's back."""
+        if dist.is_initialized() and self._group is None:
+            # Of its own: what ranks tell each other about files must not get between training's collectives.
+            self._group = dist.new_group(backend="gloo")
+        beside = self._places(step)[1]
+        with _errors_of_writing(beside), _without_warnings():
+            writing = dcp.async_save(
+                state,
+                storage_writer=FileSystemWriter(beside),
+                process_group=self._group,
+                no_dist=not dist.is_initialized(),
+            )
+
+        def complete() -> None:
+            with _errors_of_writing(beside):
+                writing.result()
+            # The first rank's part ends when all have written theirs.
+            if self.rank == 0:
+                self._put_in_place(step)
+                self._retain(newest=step)
+                logger.info("saved %s", self._places(step)[0])
+
+        return self._background.submit(complete)
+
+    def _put_in_place(self, step: int) -> None:
+        final, beside = self._places(step)
         _flush_folder(beside)
         # A folder of this step that is there already was passed over as damaged, or is of the init checkpoint's run.
         replaced = self.path / f".{final.name}.old"
@@ -240,7 +301,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     file = find_consolidated(path)
     if file is not None:
         try:
-            model.load_state_dict(read_consolidated(file))
+            model.load_state_dict(_split_like(model, read_consolidated(file)))
         except RuntimeError as error:
             raise ValueError(f"{file}: {_first_mismatch(error)}") from None
     elif (path / ".metadata").is_file():
@@ -252,17 +313,57 @@ def load_model(path: Path, model: nn.Module) -> None:
         raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
 
 
+def _split_like(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of each tensor what this rank holds of the parameter, where that is split over ranks."""
+    if hasattr(model, "canonicalize"):
+        model.canonicalize(state)
+    parameters, split = dict(model.named_parameters()), {}
+    for name, tensor in state.items():
+        own = parameters.get(name)
+        split[name] = tensor
+        if isinstance(own, DTensor) and own.shape == tensor.shape:
+            ((piece,), local) = own.__create_chunk_list__(), own.to_local()
+            part = tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))]
+            split[name] = DTensor.from_local(
+                part.to(local.device),
+                own.device_mesh,
+                own.placements,
+                run_check=False,
+                shape=own.shape,
+                stride=own.stride(),
+            )
+    return split
+
+
 def read_train_state(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """One data-parallel rank's step and place in the data. Raises ValueError where it was written by other ranks."""
-    written = len(list(folder.glob("train_state_*.json")))
-    if written == 0:
+    """One data-parallel rank's step and place in the data, whatever the number of ranks that wrote them.
+
+    Raises ValueError where files are missing, or do not go together.
+    """
+    files = sorted(folder.glob("train_state_*.json"))
+    if not files:
         raise ValueError(f"no checkpoint of a training run in '{folder}': no train_state_*.json is there")
-    if written != world_size:
-        raise ValueError(
-            f"{folder}: written by {written} data-parallel ranks, and this run has {world_size}, which is not "
-            f"supported yet; start it with {written}, or a new run from the weights with checkpoint.init_ckpt_path"
-        )
-    return read_json(folder / f"train_state_{rank:05d}.json", TRAIN_STATE_KEYS)
+    for number, file in enumerate(files):
+        if file.name != f"train_state_{number:05d}.json":
+            raise ValueError(
+                f"{folder}: train_state_{number:05d}.json is missing, though {file.name} is there; put it back, or "
+                "resume from another checkpoint"
+            )
+    if len(files) == world_size:
+        return read_json(files[rank], TRAIN_STATE_KEYS)
+    train_states = [read_json(file, TRAIN_STATE_KEYS) for file in files]
+    steps = [train_state["step"] for train_state in train_states]
+    for number, step in enumerate(steps):
+        if step != steps[0]:
+            raise ValueError(
+                f"{folder}: {files[0].name} is of step {steps[0]} and {files[number].name} of step {step}; resume from "
+                "another checkpoint"
+            )
+    try:
+        place = redistribute_state([train_state["data_loader_state"] for train_state in train_states], rank, world_size)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return {**train_states[0], "data_loader_state": place}
 
 
 def read_json(file: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
@@ -475,6 +576,17 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _errors_of_writing(folder: Path) -> Iterator[None]:
+    """Turns what torch raises when it cannot write into an OSError."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        # Some of torch's errors on a full disk do not say that it is full.
+        full = "No space left on device: " if shutil.disk_usage(folder).free < 2**20 else ""
+        raise OSError(full + _root_cause(error)) from None
 
 
 @contextlib.contextmanager

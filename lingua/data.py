@@ -2,10 +2,17 @@
 
 Every stage is an iterator whose place can be written down as plain JSON and taken up again exactly:
 
-    SourceReader   one rank's share of the lines of one folder, pass after pass
+    SourceReader   one share of the lines of one folder, pass after pass
     Mixture        draws a source by weight for each document
     RowPacker      tokenizes, concatenates, cuts into rows
     BatchShuffler  a buffer of rows, shuffled, read in batches, refilled as it is read
+    RowStream      the rows of those batches, of which any number can be taken at a time
+    BatchReader    one rank's batches, from the streams that it reads
+
+A run has as many streams as it had data-parallel ranks at its start, each with a share of the lines, and they never
+change. On so many ranks each reads the stream of its own number. A checkpoint can go on with another batch size and on
+another number of ranks (`redistribute_state`): fewer of them read several streams each, more of them share one and take
+turns. No row is skipped or read twice by that.
 
 With `load_async` the whole chain runs in a program of its own (`serve_batches`), which imports neither torch nor the
 training code: it starts in a fraction of a second and cannot hold up the training loop.
@@ -27,7 +34,7 @@ import traceback
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -105,7 +112,7 @@ def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
 
 
 class Share(NamedTuple):
-    """Lines of one file for one rank: line i belongs to it where `first <= i % modulus < last`."""
+    """Lines of one file for one stream: line i belongs to it where `first <= i % modulus < last`."""
 
     path: Path
     first: int
@@ -114,7 +121,7 @@ class Share(NamedTuple):
 
 
 def share_files(files: list[Path], rank: int, world_size: int) -> list[Share]:
-    """Splits c files over W ranks so that every line has exactly one reader and all ranks read alike much.
+    """Splits c files over the W ranks of a run's start: every line has exactly one reader, all read alike much.
 
     Lay the files end to end on a ruler of c * W units, W for each; rank w reads from w * c to (w + 1) * c. Where c
     divides W this is the published rule (file j for W/c consecutive ranks, lines r, r + W/c, ...), where W divides c
@@ -156,7 +163,7 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 class SourceReader:
-    """Endless texts of one source for one rank. A pass goes through its shares in the order of the files."""
+    """Endless texts of one source for one stream. A pass goes through its shares in the order of the files."""
 
     def __init__(self, name: str, shares: list[Share]):
         self.name = name
@@ -304,22 +311,22 @@ class RowPacker:
 
 
 class BatchShuffler:
-    """Batches from a shuffled buffer of `prefetch_size * batch_size` rows. Endless."""
+    """Batches of rows, from a shuffled buffer of `prefetch_size * batch_size` of them. Endless."""
 
     def __init__(self, packer: RowPacker, args: DataArgs, seed: tuple[int, int, int]):
         self.packer = packer
         self.rng = np.random.default_rng(seed)
-        self.batch_size, self.seq_len, self.n_views = args.batch_size, args.seq_len, args.n_views
-        self.n_batches = args.prefetch_size
+        self.batch_size, self.n_batches = args.batch_size, args.prefetch_size
         self._buffer = np.empty((self.n_batches * self.batch_size, packer.row_len), dtype=np.int32)
-        # The next batch of the pass, and what it takes to make this pass's buffer again: the packer's state before
+        # The current batch of the pass, and what it takes to make this pass's buffer again: the packer's state before
         # its rows were read, the generator's before they were shuffled.
         self._batch = self.n_batches
         self._pass_start: State = {}
         self._next_rows: State | None = None
 
-    def state(self) -> State:
-        return {**self._pass_start, "batch": self._batch}
+    def state(self) -> State | None:
+        """The place before the current batch; None as long as nothing was read."""
+        return {**self._pass_start, "batch": self._batch} if self._pass_start else None
 
     def restore(self, state: State) -> None:
         self.packer.restore(state["rows"])
@@ -327,16 +334,18 @@ class BatchShuffler:
         self._next_rows = None
         self._begin_pass()
         while self._batch < state["batch"]:
-            self._refill()
+            self.advance()
 
-    def next_batch(self) -> np.ndarray:
-        """The next (batch_size, seq_len, n_views) of int64; `state()` afterwards is the place behind it."""
+    def current(self) -> np.ndarray:
+        """The rows of the current batch, int32 of shape (batch_size, row_len): the buffer's own, until `advance`."""
         if self._batch == self.n_batches:
             self._begin_pass()
-        rows = self._buffer[self._batch * self.batch_size :][: self.batch_size]
-        batch = np.stack([rows[:, view : view + self.seq_len] for view in range(self.n_views)], axis=-1, dtype=np.int64)
-        self._refill()
-        return batch
+        return self._buffer[self._batch * self.batch_size :][: self.batch_size]
+
+    def advance(self) -> None:
+        """Puts new rows in the place of the current batch and goes to the next one."""
+        self.packer.fill(self._buffer[self._batch * self.batch_size :][: self.batch_size])
+        self._batch += 1
 
     def _begin_pass(self) -> None:
         rows_state = self._next_rows
@@ -348,25 +357,113 @@ class BatchShuffler:
         self.rng.shuffle(self._buffer, axis=0)
         self._batch = 0
 
-    def _refill(self) -> None:
-        self.packer.fill(self._buffer[self._batch * self.batch_size :][: self.batch_size])
-        self._batch += 1
+
+class RowStream:
+    """The rows of a shuffler's batches as one endless sequence, from the place of `state`; any number can be taken.
+
+    Rows of the shuffler's current batch that are not taken yet stay in its buffer for the next time.
+    """
+
+    def __init__(self, shuffler: BatchShuffler, args: DataArgs, state: State):
+        self.shuffler = shuffler
+        self.seq_len = args.seq_len
+        self.number, self.rows_given, self._rows_used = state["stream"], state["rows_given"], state["rows_used"]
+        if state["place"] is not None:
+            shuffler.restore(state["place"])
+
+    def state(self) -> State:
+        return _stream_state(self.number, self.rows_given, self._rows_used, self.shuffler.state())
+
+    def fill(self, batch: np.ndarray) -> None:
+        """Writes the views of the next rows into `batch`, int64 of shape (n, seq_len, n_views)."""
+        while len(batch):
+            rows = self.shuffler.current()[self._rows_used :][: len(batch)]
+            for view in range(batch.shape[-1]):
+                batch[: len(rows), :, view] = rows[:, view : view + self.seq_len]
+            self._use(len(rows))
+            batch = batch[len(rows) :]
+
+    def skip(self, n_rows: int) -> None:
+        """Leaves out the next rows, which other ranks take."""
+        while n_rows:
+            n = len(self.shuffler.current()[self._rows_used :][:n_rows])
+            self._use(n)
+            n_rows -= n
+
+    def _use(self, n_rows: int) -> None:
+        self.rows_given += n_rows
+        self._rows_used += n_rows
+        if self._rows_used == self.shuffler.batch_size:
+            self.shuffler.advance()
+            self._rows_used = 0
 
 
-# --- the loader --------------------------------------------------------------------------------------------------
+class BatchReader:
+    """One rank's batches, from streams of its own, or from one that it reads in turn with other ranks. Endless.
 
-# What the reading order depends on. A state fits only the arguments that it was made with.
+    `turn` is (j, n): of each n batches of rows the rank takes the j-th (from 0) and leaves the others to the others.
+    """
+
+    def __init__(self, streams: list[RowStream], args: DataArgs, turn: tuple[int, int]):
+        self.streams = streams
+        self.shape = args.batch_size, args.seq_len, args.n_views
+        self.turn, self.n_turns = turn
+        # A batch is made of parts, each from the stream that is behind. It is one part where its size divides the
+        # start's. Larger batches in one part would take the streams out of step: with half the ranks and batches twice
+        # as large, one step would read the one stream, and the next step the other.
+        self.part = math.gcd(args.batch_size, streams[0].shuffler.batch_size)
+
+    def state(self) -> list[State]:
+        """The streams' places behind the last batch; those that share a stream are at the end of their round."""
+        return [stream.state() for stream in self.streams]
+
+    def next_batch(self) -> np.ndarray:
+        """The next (batch_size, seq_len, n_views) of int64."""
+        batch = np.empty(self.shape, dtype=np.int64)
+        shared = self.streams[0]  # and the only one, where there are turns
+        shared.skip(self.turn * len(batch))
+        for start in range(0, len(batch), self.part):
+            behind = min(self.streams, key=lambda stream: stream.rows_given)  # the first of several
+            behind.fill(batch[start : start + self.part])
+        shared.skip((self.n_turns - 1 - self.turn) * len(batch))
+        return batch
+
+
+# --- the loader's state ------------------------------------------------------------------------------------------
+#
+#     made_with  what the streams depend on: arguments, files, and how many streams there are
+#     streams    the place in each stream that the rank reads (`_stream_state`)
+#     turn       [j, n]: the rank is the j-th (from 0) of the n that share its stream; [0, 1] where none is shared
+
+_STATE_KEYS = {"made_with", "streams", "turn"}
+_STREAM_KEYS = {"stream", "rows_given", "rows_used", "place"}
+
+# What the streams depend on. A state fits only the arguments that it was made with, but for the batch size: the streams
+# keep that of the start.
 _GEOMETRY = ("seed", "batch_size", "seq_len", "n_views", "prefetch_size", "add_bos", "add_eos")
 
 
-def _describe(args: DataArgs, rank: int, world_size: int) -> State:
+def _stream_state(number: int, rows_given: int = 0, rows_used: int = 0, place: State | None = None) -> State:
+    """A stream's number, its rows given since the start, and those used (0 to batch_size - 1) of the batch at `place`.
+
+    `place` is the shuffler's, None as long as nothing was read.
+    """
+    return {"stream": number, "rows_given": rows_given, "rows_used": rows_used, "place": place}
+
+
+def _describe(args: DataArgs, n_streams: int) -> State:
     files = {name: [path.name for path in find_files(args.root_dir, name, TRAIN_FILES)] for name in args.sources}
     description = {f"data.{key}": getattr(args, key) for key in _GEOMETRY}
     description |= {
         "data.sources": [list(item) for item in args.sources.items()],
         "data.tokenizer.name": args.tokenizer.name,
     }
-    return description | {"files": files, "rank": rank, "world_size": world_size}
+    return description | {"files": files, "streams": n_streams}
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"data: rank {rank} is none of the {world_size} data-parallel ranks")
 
 
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> State:
@@ -375,19 +472,40 @@ def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) 
     Raises ValueError for bad arguments, naming the key (see `validate_data_args`).
     """
     validate_data_args(args)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"data: rank {rank} is none of the {world_size} data-parallel ranks")
-    return {"made_with": _describe(args, rank, world_size), "place": None}
+    _check_rank(rank, world_size)
+    return {"made_with": _describe(args, world_size), "streams": [_stream_state(rank)], "turn": [0, 1]}
+
+
+def _has_keys(value: Any, keys: set[str]) -> bool:
+    return isinstance(value, dict) and keys <= value.keys()
+
+
+def _check_is_state(state: Any) -> None:
+    if not (
+        _has_keys(state, _STATE_KEYS)
+        and _has_keys(state["made_with"], {"data.batch_size", "streams"})
+        and isinstance(state["streams"], list)
+        and state["streams"]
+        and all(_has_keys(stream, _STREAM_KEYS) for stream in state["streams"])
+    ):
+        raise ValueError(
+            "data: the checkpoint's loader state is not one of this code; start a new run from its weights with "
+            "checkpoint.init_ckpt_path"
+        )
+
+
+def _args_at_start(args: DataArgs, state: State) -> DataArgs:
+    return replace(args, batch_size=state["made_with"]["data.batch_size"])
 
 
 def check_state_fits(args: DataArgs, state: State) -> None:
-    """Raises ValueError, naming the first difference, if `state` was made with other data or arguments."""
-    if not isinstance(state, dict) or not {"made_with", "place"} <= state.keys():
-        raise ValueError(
-            "data: the checkpoint's loader state is not one of this code; start a new run from its weights"
-        )
+    """Raises ValueError, naming the first difference, if `state` was made with other data or arguments.
+
+    `batch_size` may be another one than then.
+    """
+    _check_is_state(state)
     made_with = state["made_with"]
-    for key, now in _describe(args, made_with["rank"], made_with["world_size"]).items():
+    for key, now in _describe(_args_at_start(args, state), made_with["streams"]).items():
         then = made_with.get(key)
         if then != now:
             if key == "files":
@@ -401,26 +519,88 @@ def check_state_fits(args: DataArgs, state: State) -> None:
             )
 
 
-def _build_shuffler(args: DataArgs, state: State) -> BatchShuffler:
-    check_state_fits(args, state)
-    rank, world_size = state["made_with"]["rank"], state["made_with"]["world_size"]
-    readers = [
-        SourceReader(name, share_files(find_files(args.root_dir, name, TRAIN_FILES), rank, world_size))
-        for name in args.sources
-    ]
-    mixture = Mixture(readers, list(args.sources.values()), (args.seed, rank, world_size))
+def redistribute_state(states: list[State], rank: int, world_size: int) -> State:
+    """The state of one of `world_size` data-parallel ranks that go on where others stopped.
+
+    `states` are those of all ranks that wrote a checkpoint, in order of rank. Of W streams, rank r of R reads
+    r * W // R up to (r + 1) * W // R, without the last; where R > W, it shares r * W // R with all ranks of which that
+    is the stream. For as many ranks as before the states stay as they are. Where R divides W or W divides R, and all
+    ranks together read as many rows a step as before, they are the same rows.
+
+    Raises ValueError where the states are none of this code, are not of one checkpoint, or lack a stream.
+    """
+    _check_rank(rank, world_size)
+    _check_same_run(states)
+    streams = _collect_streams(states)
+    if len(states) == world_size:
+        return states[rank]
+    owners = [other * len(streams) // world_size for other in range(world_size)]
+    first, turn = owners[rank], [rank - owners.index(owners[rank]), owners.count(owners[rank])]
+    behind = max(first + 1, (rank + 1) * len(streams) // world_size)
+    return {"made_with": states[0]["made_with"], "streams": streams[first:behind], "turn": turn}
+
+
+def _check_same_run(states: list[State]) -> None:
+    if not states:
+        raise ValueError("data: there is no loader state to go on from; resume from another checkpoint")
+    for rank, state in enumerate(states):
+        _check_is_state(state)
+        first, other = states[0]["made_with"], state["made_with"]
+        for key in [*first, *other]:
+            if first.get(key) != other.get(key):
+                raise ValueError(
+                    f"data: the loader states of ranks 0 and {rank} are not of one run, {key} differs; resume from "
+                    "another checkpoint"
+                )
+
+
+def _collect_streams(states: list[State]) -> list[State]:
+    """The states of all streams, by number."""
+    found: dict[int, tuple[int, State]] = {}
+    for rank, state in enumerate(states):
+        for stream in state["streams"]:
+            other, known = found.setdefault(stream["stream"], (rank, stream))
+            if known != stream:
+                raise ValueError(
+                    f"data: the loader states of ranks {other} and {rank} have stream {stream['stream']} at different "
+                    "places; resume from another checkpoint"
+                )
+    numbers = range(states[0]["made_with"]["streams"])
+    missing = [str(number) for number in numbers if number not in found]
+    if missing:
+        raise ValueError(
+            f"data: the loader states lack stream {', '.join(missing)} of {len(numbers)} (from 0); resume from another "
+            "checkpoint"
+        )
+    return [found[number][1] for number in numbers]
+
+
+# --- the loader --------------------------------------------------------------------------------------------------
+
+
+def _build_streams(args: DataArgs, state: State) -> list[RowStream]:
+    """The streams that the state's rank reads, at their places. `args` are those of the run's start."""
+    n_streams = state["made_with"]["streams"]
     tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
-    shuffler = BatchShuffler(RowPacker(mixture, tokenizer, args), args, (args.seed + 1, rank, world_size))
-    if state["place"] is not None:
-        shuffler.restore(state["place"])
-    return shuffler
+    streams = []
+    for stream in state["streams"]:
+        number = stream["stream"]
+        readers = [
+            SourceReader(name, share_files(find_files(args.root_dir, name, TRAIN_FILES), number, n_streams))
+            for name in args.sources
+        ]
+        mixture = Mixture(readers, list(args.sources.values()), (args.seed, number, n_streams))
+        shuffler = BatchShuffler(RowPacker(mixture, tokenizer, args), args, (args.seed + 1, number, n_streams))
+        streams.append(RowStream(shuffler, args, stream))
+    return streams
 
 
 def _iterate(args: DataArgs, state: State) -> Iterator[tuple[np.ndarray, State]]:
-    shuffler = _build_shuffler(args, state)
+    check_state_fits(args, state)
+    reader = BatchReader(_build_streams(_args_at_start(args, state), state), args, state["turn"])
     while True:
-        batch = shuffler.next_batch()
-        yield batch, {"made_with": state["made_with"], "place": shuffler.state()}
+        batch = reader.next_batch()
+        yield batch, {**state, "streams": reader.state()}
 
 
 @contextlib.contextmanager
@@ -473,7 +653,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it died at once: `_next` tells how
             self._process.stdin.write(json.dumps({"args": asdict(args), "state": state}).encode())
             self._process.stdin.close()
-        self._made_with = state["made_with"]
+        self._start = state
         self._queue: queue.Queue[tuple[np.ndarray, State] | BaseException] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._receive, name="data-loader", daemon=True)
@@ -512,7 +692,7 @@ class _Worker:
             raise kind(header["message"])
         shape = header["shape"]
         batch = np.frombuffer(self._read(pipe, 8 * math.prod(shape)), dtype=np.int64).reshape(shape)
-        return batch, {"made_with": self._made_with, "place": header["place"]}
+        return batch, {**self._start, "streams": header["streams"]}
 
     def _read(self, pipe: BinaryIO, size: int) -> bytearray:
         data = bytearray(size)  # mutable, so that torch takes the array without a copy and a warning
@@ -551,7 +731,7 @@ def serve_batches() -> None:
         fields = request["args"]
         args = DataArgs(**{**fields, "tokenizer": TokenizerArgs(**fields["tokenizer"])})
         for batch, state in _iterate(args, request["state"]):
-            send({"shape": batch.shape, "place": state["place"]}, memoryview(batch).cast("B"))
+            send({"shape": batch.shape, "streams": state["streams"]}, memoryview(batch).cast("B"))
     except BrokenPipeError:
         os._exit(0)  # the trainer is gone; closing the pipe in the ordinary way would only fail again
     except (ValueError, OSError) as error:

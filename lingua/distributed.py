@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# After so long without an answer from another rank, a collective fails and names itself.
-TIMEOUT = timedelta(minutes=30)
-
 # Seconds that other ranks leave the first one to tell an error that all of them have.
 PATIENCE_WITH_FIRST_RANK = 10
+
+# Seconds that a rank which finds another one lost gives the others to find so too.
+PATIENCE_WITH_OTHER_RANKS = 3
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -51,6 +51,8 @@ class DistributedArgs:
     matmul_allow_tf32: bool = False
     detect_anomaly: bool = False
     compile_cache_size_limit: int = 8
+    # Seconds without an answer from another rank after which a run ends.
+    timeout: int = 600
     # Read, so that published configs load: the data loader's worker is a program of its own, whatever this says.
     spawn_method: str = "forkserver"
 
@@ -124,6 +126,12 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
                 f"distributed.{name}: {getattr(args, name)} does not divide the {world.size} ranks of this run; "
                 "lower it, or start more ranks with torchrun"
             )
+    if args.timeout < 1:
+        raise ValueError(f"distributed.timeout: {args.timeout} seconds are too few, it must be 1 or more")
+    if args.compile_cache_size_limit < 1:
+        raise ValueError(
+            f"distributed.compile_cache_size_limit: {args.compile_cache_size_limit} is too small, it must be 1 or more"
+        )
     if args.model_dtype == "fp16" and world.device.type == "cuda":
         logger.warning(
             "distributed.model_dtype: fp16 gradients can underflow, since losses are not scaled; prefer bf16"
@@ -133,37 +141,40 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
             f"distributed.dp_shard: dp_shard={args.dp_shard} times tp_size={args.tp_size} does not divide the "
             f"{world.size} ranks of this run"
         )
+    if args.memory_parallel_size > 1 and args.tp_size > 1:
+        raise ValueError(
+            f"distributed.memory_parallel_size: {args.memory_parallel_size} with tp_size={args.tp_size}; set one of "
+            "them to 1 (tensor parallelism splits the value table over its own ranks)"
+        )
+    if args.dp_shard > 1 and args.fsdp_type == "no_shard":
+        raise ValueError(
+            f"distributed.fsdp_type: no_shard with dp_shard={args.dp_shard}; set full_shard, or dp_shard=1"
+        )
     args.dp_replicate = world.size // (args.dp_shard * args.tp_size)
-    _refuse_what_is_to_come(args, world)
 
 
-def _refuse_what_is_to_come(args: DistributedArgs, world: World) -> None:
-    """The parallel layouts of the published configs beyond plain data parallelism are not built yet: say so early."""
-    wanted = {
-        "dp_shard": args.dp_shard > 1,
-        "tp_size": args.tp_size > 1,
-        "memory_parallel_size": args.memory_parallel_size > 1,
-        "selective_activation_checkpointing": args.selective_activation_checkpointing,
-        "checkpoint_each_layer": args.checkpoint_each_layer,
-        "compile": args.compile,
-        "fsdp_type": args.fsdp_type == "full_shard" and world.size > 1,
-        "float8_recipe": args.float8_recipe is not None,
-    }
-    plain = DistributedArgs()
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise ValueError(
-                f"distributed.{name}: {getattr(args, name)} is not available yet; "
-                f"set it to {json.dumps(getattr(plain, name))}"
-            )
+def mesh_sizes(args: DistributedArgs, world: World) -> tuple[int, int, int]:
+    """(dp_replicate, dp_shard, tp) as they are used, of validated `args`.
+
+    As published, full_shard without a dp_shard of its own shards over all data-parallel ranks.
+    """
+    replicate = world.size // (args.dp_shard * args.tp_size)
+    if args.fsdp_type == "full_shard" and args.dp_shard == 1:
+        return 1, replicate, args.tp_size
+    return replicate, args.dp_shard, args.tp_size
+
+
+def data_rank(args: DistributedArgs, world: World) -> tuple[int, int]:
+    """This process's rank among those that hold different data, and their number. A tensor-parallel group is one."""
+    return world.rank // args.tp_size, world.size // args.tp_size
 
 
 @contextlib.contextmanager
-def process_group(world: World) -> Iterator[None]:
+def process_group(world: World, timeout: int = 600) -> Iterator[None]:
     """Joins the other ranks: nccl for tensors on GPUs, gloo for those on CPUs. Nothing to do for one process.
 
-    The group stays until the process ends (`run_main`): taking it down while DDP still holds on to it was seen to hang
-    now and then.
+    After `timeout` seconds without an answer from another rank, what waits for it fails. The group stays until the
+    process ends (`run_main`): taking it down was seen to hang now and then.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -172,7 +183,7 @@ def process_group(world: World) -> Iterator[None]:
         return
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend=backend, timeout=TIMEOUT)
+        dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout))
     yield
     # Nobody leaves before all are done: the first rank keeps the store that others may still ask.
     reduce_sum([0.0])
@@ -248,6 +259,30 @@ def together() -> Iterator[None]:
         sys.exit(1)
 
 
+def set_group_timeout(groups: list[dist.ProcessGroup], seconds: int) -> None:
+    """For groups that torch makes with a timeout of its own, as those of a DeviceMesh."""
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def _is_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed since another rank is gone, or did not answer in time."""
+    # gloo has no exception of its own; its messages name the place in its sources.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def _ranks_without_a_sign() -> str:
+    """Which ranks have not found by now, as this one has, that one is lost: it is among them."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"lost/{dist.get_rank()}", "")
+        time.sleep(PATIENCE_WITH_OTHER_RANKS)
+        missing = [rank for rank in range(dist.get_world_size()) if not store.check([f"lost/{rank}"])]
+    except RuntimeError:  # the store was kept by the rank that is lost
+        return "another rank"
+    return ("rank " if len(missing) == 1 else "ranks ") + (", ".join(map(str, missing)) or "unknown")
+
+
 def _leave(code: object) -> None:
     """Ends the process; at once where there is a process group, which could wait for the others on its way out."""
     if dist.is_initialized():
@@ -261,26 +296,33 @@ def _leave(code: object) -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Runs a command's main function: an error of the user's making ends in one line on stderr and exit code 1.
 
-    LINGUA_TRACEBACK=1 in the environment shows where it came from.
+    So does a rank that died or hangs, on all the others. LINGUA_TRACEBACK=1 in the environment shows where a line came
+    from.
     """
     try:
         main()
         if dist.is_initialized():
             _leave(0)
-    except (ValueError, OSError) as error:
-        if os.environ.get("LINGUA_TRACEBACK"):
-            raise
-        if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
-            # What is wrong before the ranks have met is mostly wrong on all of them: let the first one say it, after
-            # which torchrun ends the others.
-            time.sleep(PATIENCE_WITH_FIRST_RANK)
-        sys.stdout.flush()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
-        _leave(1)
     except SystemExit as leaving:
         _leave(leaving.code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        of_the_user = isinstance(error, (ValueError, OSError))
+        lost = not of_the_user and dist.is_initialized() and _is_of_a_lost_rank(error)
+        if not (of_the_user or lost) or os.environ.get("LINGUA_TRACEBACK"):
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        if lost:
+            message = f"lost {_ranks_without_a_sign()}: dead, or without an answer for too long ({message[:300]})"
+        elif of_the_user and not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
+            # What is wrong before the ranks have met is mostly wrong on all of them: let the first one say it, after
+            # which torchrun ends the others.
+            time.sleep(PATIENCE_WITH_FIRST_RANK)
+        if of_the_user or lost:
+            sys.stdout.flush()
+            print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        _leave(1)
 
 
 # --- signals -------------------------------------------------------------------------------------------------------

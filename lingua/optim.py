@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -152,9 +154,53 @@ def set_schedule_step(optimizer: AdamW, scheduler: LambdaLR, step: int) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Clips the gradients of the value tables and of all else, each to `max_norm` on its own.
 
-    Returns the norms before clipping: (all else, tables or None where there are none).
+    Of parameters that are split over ranks (DTensors) the norm is that of the whole. All ranks must call it. Returns
+    the norms before clipping, in fp32 or more: (all else, tables or None where there are none).
     """
     kinds = split_parameters(model)
-    rest = nn.utils.clip_grad_norm_(kinds["dense"] + kinds["memory"], max_norm)
-    values = nn.utils.clip_grad_norm_(kinds["values"], max_norm) if kinds["values"] else None
+    rest = _clip(kinds["dense"] + kinds["memory"], max_norm)
+    values = _clip(kinds["values"], max_norm) if kinds["values"] else None
     return rest, values
+
+
+@torch.no_grad()
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    norm = _total_norm(gradients, local)
+    # The small term is torch's, against a division by zero.
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for part in _by_device_and_type(local):
+        torch._foreach_mul_(part, factor.to(part[0]))
+    return norm
+
+
+def _total_norm(gradients: list[torch.Tensor], local: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector; `local`: what this rank holds of them."""
+    # What is split over the same ranks is summed over them at once.
+    held: dict[tuple[ProcessGroup, ...], list[torch.Tensor]] = {}
+    for grad, part in zip(gradients, local, strict=True):
+        groups = ()
+        if isinstance(grad, DTensor):
+            split = [dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate()]
+            groups = tuple(grad.device_mesh.get_group(dim) for dim in split if grad.device_mesh.size(dim) > 1)
+        held.setdefault(groups, []).append(part)
+    squares = []
+    for groups, parts in held.items():
+        norms = [
+            norm
+            for alike in _by_device_and_type(parts)
+            for norm in torch._foreach_norm(alike, dtype=torch.promote_types(alike[0].dtype, torch.float32))
+        ]
+        square = torch.stack(norms).square().sum()
+        for group in groups:
+            all_reduce(square, group=group)
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def _by_device_and_type(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(alike.values())

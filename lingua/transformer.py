@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from lingua.initialize import truncated_normal
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs, memory_kwargs, memory_layers
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
@@ -262,11 +263,6 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def truncated_normal(weight: torch.Tensor, std: float) -> None:
-    """Fills `weight` from a normal distribution cut at 3 standard deviations."""
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
-
 class TransformerBlock(nn.Module):
     """`h = x + attention(norm(x))`, then `h + feed_forward(norm(h))`; the feed-forward may be a memory."""
 
@@ -358,15 +354,22 @@ class BaseTransformer(nn.Module):
             block.reset_parameters(self.init_base_std, factor)
 
     def forward(
-        self, h: torch.Tensor, tok_idx: torch.Tensor | None = None, mask: Mask = "causal", attn_impl: str = "sdpa"
+        self,
+        h: torch.Tensor,
+        tok_idx: torch.Tensor | None = None,
+        mask: Mask = "causal",
+        attn_impl: str = "sdpa",
+        seqlen: int | None = None,
     ) -> torch.Tensor:
-        """`tok_idx`: positions of the tokens, (T,) or (B, T), where they are not 0..T-1.
+        """`tok_idx`: positions of the tokens, (T,) or (B, T), where they are not 0..T-1. `seqlen`: T, where `h` is a
+        part of the sequence (which tensor parallelism splits) and the blocks see to the rest.
 
         Raises ValueError for more tokens than max_seqlen.
         """
-        if tok_idx is None and h.shape[1] > self.max_seqlen:
-            raise ValueError(f"{h.shape[1]} tokens are more than the model's max_seqlen={self.max_seqlen}")
-        rotation = self.rope_embeddings(seqlen=h.shape[1], tok_idx=tok_idx)
+        seqlen = h.shape[1] if seqlen is None else seqlen
+        if tok_idx is None and seqlen > self.max_seqlen:
+            raise ValueError(f"{seqlen} tokens are more than the model's max_seqlen={self.max_seqlen}")
+        rotation = self.rope_embeddings(seqlen=seqlen, tok_idx=tok_idx)
         for block in self.layers:
             h = block(h, rotation, mask, attn_impl)
         return h

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from apps.main.transformer import (
     LMTransformer,
@@ -47,6 +46,7 @@ from lingua.distributed import (
     StopSignal,
     World,
     any_rank,
+    data_rank,
     default_environment,
     find_world,
     from_first_rank,
@@ -71,6 +71,7 @@ from lingua.metrics import (
     validate_logging_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
+from lingua.parallelize import parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
         raise ValueError(f"model.vocab_size: {args.model.vocab_size} is less than the tokenizer's {n_words} words")
     args.model.max_seqlen = args.data.seq_len
     validate_model_args(args.model)
+    validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
 
@@ -231,14 +233,20 @@ class Run:
     def __init__(self, args: TrainArgs, world: World):
         self.args, self.world = args, world
         self.step = 0
-        self.loader_state = init_dataloader_state_from_args(args.data, world.rank, world.size)
+        self.data_rank, self.data_ranks = data_rank(args.distributed, world)
+        self.loader_state = init_dataloader_state_from_args(args.data, self.data_rank, self.data_ranks)
         self.stopwatch = Stopwatch()
         self.metrics: MetricsLogger | None = None
         path = args.checkpoint.path or Path(args.dump_dir) / "checkpoints"
-        self.checkpoints = CheckpointManager(args.checkpoint, Path(path), world.rank, world.size)
+        # The ranks of a tensor-parallel group are at the same place in the data: the first of them writes it down.
+        writes = world.rank % args.distributed.tp_size == 0
+        self.checkpoints = CheckpointManager(
+            args.checkpoint, Path(path), world.rank, self.data_rank if writes else None
+        )
         self.model = build_model(args)
         self.tokens_per_batch = args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
+        self.reducer = parallelize(self.model, args.distributed, world)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if any, as the first rank sees it: others may see the disk later."""
@@ -250,7 +258,7 @@ class Run:
     def go_to(self, folder: Path | None) -> None:
         """Sets step and loader to where training goes on."""
         if folder is not None:
-            train_state = read_train_state(folder, self.world.rank, self.world.size)
+            train_state = read_train_state(folder, self.data_rank, self.data_ranks)
             self.step, self.loader_state = train_state["step"], train_state["data_loader_state"]
             check_state_fits(self.args.data, self.loader_state)
 
@@ -265,13 +273,6 @@ class Run:
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
             load_model(Path(args.checkpoint.init_ckpt_path), self.model)
-
-    def wrap(self) -> None:
-        """Averages gradients over ranks, where there are several."""
-        self.wrapped: nn.Module = self.model
-        if self.world.size > 1:
-            devices = [self.world.device] if self.world.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.args.distributed.model_dtype]
@@ -288,15 +289,15 @@ class Run:
         loss_sum = torch.zeros((), device=self.world.device)
         for number, (batch, self.loader_state) in enumerate(batches, start=1):
             tokens = torch.from_numpy(batch).to(self.world.device)
-            between = number < n_batches and self.wrapped is not self.model
-            with self.wrapped.no_sync() if between else contextlib.nullcontext():
-                with self.autocast():
-                    loss = self.wrapped(tokens[..., 0], tokens[..., 1])
-                (loss / n_batches).backward()
+            self.reducer.begin(last=number == n_batches)
+            with self.autocast():
+                loss = self.model(tokens[..., 0], tokens[..., 1])
+            (loss / n_batches).backward()
             loss_sum += loss.detach()
             if acc_freq is not None and number < n_batches and number % acc_freq == 0:
                 with together():
                     self.log_batches(number, loss_sum / number)
+        self.reducer.finish()
         norms = clip_gradients(self.model, self.args.optim.clip)
         self.optimizer.step()
         self.scheduler.step()
@@ -316,7 +317,8 @@ class Run:
         args, device = self.args, self.world.device
         mean_loss = self.mean_over_ranks(step.loss)
         tokens_per_step = self.tokens_per_batch * args.grad_acc_steps
-        speed = self.stopwatch.lap(tokens_per_step, args.steps - self.step)
+        # Per rank: those of a tensor-parallel group work on the same tokens.
+        speed = self.stopwatch.lap(tokens_per_step / args.distributed.tp_size, args.steps - self.step)
         # The rate that this step was taken with; the schedule stands at the next one already.
         used = [
             base * factor(self.step - 1)
@@ -329,7 +331,7 @@ class Run:
             "speed/FLOPS": self.flops_per_token * speed["speed/wps"],
             "optim/grad_norm": step.grad_norm.item(),
             "optim/lr": used[0],
-            "optim/total_tokens": self.step * tokens_per_step * self.world.size,
+            "optim/total_tokens": self.step * tokens_per_step * self.data_ranks,
             **memory_metrics(device),
             "loss/out": mean_loss,
         }
@@ -345,7 +347,7 @@ class Run:
     def save(self) -> None:
         train_state = {"step": self.step, "acc_step": 0, "data_loader_state": self.loader_state}
         folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
-        logger.info("saved %s", folder)
+        logger.info("%s %s", "writing in the background:" if self.args.checkpoint.save_async else "saved", folder)
         self.stopwatch.restart_lap()
 
 
@@ -433,7 +435,7 @@ def train(args: TrainArgs) -> None:
     set_torch_options(args)
     with contextlib.ExitStack() as stack:
         stop_signal = stack.enter_context(StopSignal())
-        stack.enter_context(process_group(world))
+        stack.enter_context(process_group(world, args.distributed.timeout))
         with together():
             run = Run(args, world)
             found = run.find_checkpoint()
@@ -454,7 +456,6 @@ def train(args: TrainArgs) -> None:
             batches = itertools.chain([next(loader)], loader)
         with together():
             run.materialize(resume_from)
-        run.wrap()
         with together():
             stack.enter_context(open_logs(run))
         logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
@@ -474,6 +475,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         # All ranks hear of it, and stop at the same step.
         failing, stopping = any_rank(error is not None, stop_signal.name is not None)
         if failing:
+            run.checkpoints.finish()
             with together():
                 if error is not None:
                     raise error
@@ -490,6 +492,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             gc.collect()
     if run.step > saved:
         run.save()
+    run.checkpoints.finish()
     if run.step < steps:
         logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
     else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lingua.initialize import truncated_normal
 from lingua.product_key.memory import count_lookup_flops
 from lingua.transformer import (
     BaseTransformer,
@@ -18,7 +17,6 @@ from lingua.transformer import (
     RMSNorm,
     create_causal_mask,
     cross_entropy,
-    truncated_normal,
     validate_transformer_args,
 )
 
@@ -42,6 +40,17 @@ def validate_model_args(args: LMTransformerArgs) -> None:
         raise ValueError(f"model.sliding_window: {args.sliding_window} is too small, it must be 1 or more")
 
 
+class TiedOutput(nn.Module):
+    """The embedding's weight as the output's, (..., C) -> (..., vocab). It stays the embedding's alone."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, which nn.Module does not look into
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(h, self._embedding[0].weight)
+
+
 class LMTransformer(BaseTransformer):
     """`model(tokens) -> logits (B, T, vocab)`; `model(tokens, target) -> mean loss`. Tokens are (B, T) ids.
 
@@ -58,7 +67,10 @@ class LMTransformer(BaseTransformer):
             super().__init__(args)
             self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
             self.norm = RMSNorm(args.dim, args.norm_eps)
-            self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
+            if args.weight_tying:
+                self.output = TiedOutput(self.tok_embeddings)
+            else:
+                self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.seed = args.seed
         self.sliding_window = args.sliding_window
         if not self.tok_embeddings.weight.is_meta:
@@ -67,7 +79,7 @@ class LMTransformer(BaseTransformer):
     def canonicalize(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
         """As for the blocks, and drops a tied output stored beside the embedding; ValueError where they differ."""
         super().canonicalize(state_dict, prefix)
-        if self.output is not None:
+        if not isinstance(self.output, TiedOutput):
             return
         output = state_dict.pop(f"{prefix}output.weight", None)
         embedding = state_dict.get(f"{prefix}tok_embeddings.weight")
@@ -79,13 +91,14 @@ class LMTransformer(BaseTransformer):
 
     def init_weights(self) -> None:
         """Draws all parameters anew from the model's seed (section 3 of the interface names the distributions)."""
-        device = self.tok_embeddings.weight.device
-        with _seeded(self.seed, device):
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the generators of all GPUs, too.
+            torch.default_generator.manual_seed(self.seed)
             super().init_weights()
             std = self.init_base_std or self.dim**-0.5
             truncated_normal(self.tok_embeddings.weight, std)
             self.norm.reset_parameters()
-            if self.output is not None:
+            if isinstance(self.output, nn.Linear):
                 truncated_normal(self.output.weight, std)
 
     def forward(
@@ -98,23 +111,10 @@ class LMTransformer(BaseTransformer):
     ) -> torch.Tensor:
         if mask is None:
             mask = create_causal_mask(token_values.shape[1], attn_impl, self.sliding_window, token_values.device)
-        h = super().forward(self.tok_embeddings(token_values), tok_idx=tok_idx, mask=mask, attn_impl=attn_impl)
-        h = self.norm(h)
-        logits = F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
+        h = self.tok_embeddings(token_values)
+        h = super().forward(h, tok_idx=tok_idx, mask=mask, attn_impl=attn_impl, seqlen=token_values.shape[1])
+        logits = self.output(self.norm(h))
         return logits if target is None else cross_entropy(logits, target)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of `device` from `seed`, and afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        else:
-            # Not torch.manual_seed, which would seed the generators of all GPUs, too.
-            torch.default_generator.manual_seed(seed)
-        yield
 
 
 def count_parameters(model: LMTransformer) -> tuple[int, int]:
@@ -131,7 +131,7 @@ def count_flops_per_token(model: LMTransformer, seq_len: int) -> int:
     search takes part like any other weight; of its tables only the rows that are read.
     """
     dense, _ = count_parameters(model)
-    if model.output is not None:
+    if isinstance(model.output, nn.Linear):
         dense -= model.tok_embeddings.weight.numel()  # a look-up, no product
     width = model.layers[0].attention.wq.out_features
     lookups = sum(count_lookup_flops(memory) for memory in model.memories().values())

@@ -1,9 +1,26 @@
-"""The value table as a module: a parameter of (slots, dim) and its weighted lookup."""
+"""The value table as a module, and the same table split by columns over a group of ranks (memory parallelism).
+
+The ranks of a group hold different tokens. Each looks up its columns for the tokens of all of them:
+
+    slots, weights  (N, bag)    all-gather   ->  (m * N, bag)
+    lookup of the own columns                ->  (m * N, dim / m)
+    exchange (all-to-all)                    ->  (N, dim), whole rows for the own tokens
+
+and the gradients go the same way back ("Memory Layers at Scale", section 3.2). Nothing of the table is ever moved.
+"""
+
+from __future__ import annotations
+
+import functools
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
 
-from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
+from lingua.initialize import normal
+from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 
 
 class xFormerEmbeddingBag(nn.Module):
@@ -15,7 +32,74 @@ class xFormerEmbeddingBag(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        normal(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, indices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return xformers_embedding_bag(indices, self.weight, scores)
+
+
+class SlotProducts(xFormerEmbeddingBag):
+    """PEER's first table: `(indices (N, bag), x (N, dim)) -> (N, bag)`, the products of each token with its rows."""
+
+    def forward(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return slot_products(indices, self.weight, x)
+
+
+class ColwiseEmbeddingBag(ParallelStyle):
+    """Splits a table's columns over the last dimension of a mesh; over its other dimensions they are repeated.
+
+    For `torch.distributed.tensor.parallel.parallelize_module`. All ranks of a group must look up equally many tokens.
+    The gradient of the table is the sum over the group's tokens; over the mesh's other dimensions it is the rank's own,
+    to be summed by whoever averages gradients.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Raises ValueError where the group does not divide the columns."""
+        size, dim = module.weight.shape
+        n_ranks, rank = device_mesh.size(-1), device_mesh.get_local_rank(-1)
+        if dim % n_ranks:
+            raise ValueError(f"{n_ranks} ranks do not divide the value table's {dim} columns")
+        own = module.weight.detach()[:, rank * (dim // n_ranks) : (rank + 1) * (dim // n_ranks)].contiguous()
+        placements = [Replicate()] * (device_mesh.ndim - 1) + [Shard(1)]
+        split = DTensor.from_local(own, device_mesh, placements, run_check=False, shape=(size, dim), stride=(dim, 1))
+        module.weight = nn.Parameter(split)
+        group = device_mesh[device_mesh.mesh_dim_names[-1]] if device_mesh.ndim > 1 else device_mesh
+        forward = _products_by_columns if isinstance(module, SlotProducts) else _sums_by_columns
+        module.forward = functools.partial(forward, module, group)
+        return module
+
+
+def _sums_by_columns(
+    table: xFormerEmbeddingBag, group: DeviceMesh, indices: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    weight = table.weight.to_local()
+    # In the table's type, to which the lookup rounds them anyway: half as many bytes to send where that is bf16.
+    columns = xformers_embedding_bag(
+        _gather(_narrow(indices, len(weight)), group), weight, _gather(scores.to(weight.dtype), group)
+    )
+    return _place(columns, group, Shard(1), Shard(0))
+
+
+def _products_by_columns(
+    table: SlotProducts, group: DeviceMesh, indices: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    weight = table.weight.to_local()
+    own_columns = _place(x, group, Shard(0), Shard(1))
+    products = slot_products(_gather(_narrow(indices, len(weight)), group), weight, own_columns)
+    return _place(products, group, Partial(), Shard(0))
+
+
+def _narrow(indices: torch.Tensor, n_slots: int) -> torch.Tensor:
+    """As int32 where all slots fit: half the bytes."""
+    return indices.to(torch.int32) if n_slots <= 2**31 else indices
+
+
+def _gather(mine: torch.Tensor, group: DeviceMesh) -> torch.Tensor:
+    """All ranks' rows, (N, ...) -> (m * N, ...); their gradient is summed over the group and split again."""
+    whole = DTensor.from_local(mine, group, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def _place(tensor: torch.Tensor, group: DeviceMesh, found: object, wanted: object) -> torch.Tensor:
+    """A tensor that lies on the group as `found`, exchanged to lie as `wanted`; the gradient goes the way back."""
+    return DTensor.from_local(tensor, group, [found], run_check=False).redistribute(placements=[wanted]).to_local()

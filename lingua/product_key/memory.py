@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
-from lingua.product_key.xformer_embeddingbag import slot_products
+from lingua.initialize import normal, uniform, xavier_uniform
+from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 
 
 @dataclass
@@ -117,8 +117,11 @@ class HashingMemory(nn.Module):
         # In a tuple, which nn.Module does not look into.
         self._owner = (owner,) if owner is not None else ()
         if owner is None:
-            for name in ("values_u", "values_v") if peer_variant else ("values",):
-                self.register_module(name, xFormerEmbeddingBag(self.size, self.v_dim))
+            if peer_variant:
+                self.values_u = SlotProducts(self.size, self.v_dim)
+                self.values_v = xFormerEmbeddingBag(self.size, self.v_dim)
+            else:
+                self.values = xFormerEmbeddingBag(self.size, self.v_dim)
         self.swilu_projection = nn.Linear(input_dim, self.v_dim) if swilu_projection else None
         self.value_proj = nn.Linear(self.v_dim, output_dim) if swilu_projection or mem_v_dim > 0 else None
         self.gating = nn.Linear(input_dim, 1) if mem_gated else None
@@ -130,20 +133,23 @@ class HashingMemory(nn.Module):
         holder = self._owner[0] if self._owner else self
         return (holder.values_u, holder.values_v) if self.peer_variant else (holder.values,)
 
+    @property
+    def own_tables(self) -> tuple[xFormerEmbeddingBag, ...]:
+        """The tables that are registered here: those of `tables`, or none where they are the owner's."""
+        return () if self._owner else self.tables
+
     def reset_parameters(self) -> None:
         """Keys uniform in +-1/sqrt(k_dim), query Xavier, projections and tables normal with std dim**-0.5, biases 0."""
-        bound = self.k_dim**-0.5
-        nn.init.uniform_(self.keys, -bound, bound)
+        uniform(self.keys, self.k_dim**-0.5)
         query = self.query_proj.query_mlps[0]
-        nn.init.xavier_uniform_(query.weight)
+        xavier_uniform(query.weight)
         nn.init.zeros_(query.bias)
         for projection in (self.swilu_projection, self.value_proj, self.gating):
             if projection is not None:
-                nn.init.normal_(projection.weight, std=self.input_dim**-0.5)
+                normal(projection.weight, std=self.input_dim**-0.5)
                 nn.init.zeros_(projection.bias)
-        if not self._owner:
-            for table in self.tables:
-                table.reset_parameters()
+        for table in self.own_tables:
+            table.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_NC = x.reshape(-1, self.input_dim)
@@ -171,7 +177,9 @@ class HashingMemory(nn.Module):
         keys_HnD1, keys_HnD2 = self.keys.view(self.heads, 2, self.n_keys, self.k_dim // 2).unbind(1)
         best1_NHK, index1_NHK = torch.einsum("nhd,hkd->nhk", query_NHD1, keys_HnD1).topk(knn, dim=-1)
         best2_NHK, index2_NHK = torch.einsum("nhd,hkd->nhk", query_NHD2, keys_HnD2).topk(knn, dim=-1)
-        rank1, rank2 = _candidate_pairs(knn, query.device)
+        # A compiler writes the pairs into its program; it would warn of the cache.
+        pairs = _candidate_pairs.__wrapped__ if torch.compiler.is_compiling() else _candidate_pairs
+        rank1, rank2 = pairs(knn, query.device)
         scores, winners = (best1_NHK.float()[..., rank1] + best2_NHK.float()[..., rank2]).topk(knn, dim=-1)
         slots = index1_NHK.gather(-1, rank1[winners]) * self.n_keys + index2_NHK.gather(-1, rank2[winners])
         return scores, slots
@@ -185,7 +193,7 @@ class HashingMemory(nn.Module):
         if not self.peer_variant:
             return self.tables[0](slots, weights)
         down, up = self.tables
-        return up(slots, weights * F.gelu(slot_products(slots, down.weight, x_NC)))
+        return up(slots, weights * F.gelu(down(slots, x_NC)))
 
 
 def _check_sizes(

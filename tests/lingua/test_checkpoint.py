@@ -297,6 +297,88 @@ def test_any_damage_of_the_table_of_contents_is_survived(tmp_path):
         assert small.manager.latest().name in ("0000000001", "0000000002")
 
 
+# --- the training state -------------------------------------------------------------------------------------------
+
+
+def write_train_states(folder, n_ranks, step=7):
+    """As `n_ranks` ranks write them at the start of a run; the loader's place in stream n is "place n"."""
+    for rank in range(n_ranks):
+        loader = {
+            "made_with": {"data.batch_size": 2, "streams": n_ranks},
+            "streams": [{"stream": rank, "rows_given": 2, "rows_used": 0, "place": f"place {rank}"}],
+            "turn": [0, 1],
+        }
+        state = {"step": step, "acc_step": 0, "data_loader_state": loader}
+        (folder / f"train_state_{rank:05d}.json").write_text(json.dumps(state))
+
+
+def change_train_state(folder, rank, **changes):
+    file = folder / f"train_state_{rank:05d}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused_train_state(folder, rank, world_size):
+    """The one line with which the training state is refused."""
+    with pytest.raises(ValueError, match=".") as caught:
+        read_train_state(folder, rank, world_size)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def test_each_rank_reads_its_own_training_state_alone(tmp_path):
+    write_train_states(tmp_path, 3)
+    (tmp_path / "train_state_00001.json").write_text("not JSON")
+    for rank in (0, 2):
+        written = json.loads((tmp_path / f"train_state_{rank:05d}.json").read_text())
+        assert read_train_state(tmp_path, rank, 3) == written
+    assert "train_state_00001.json: not JSON" in refused_train_state(tmp_path, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("written", "world_size", "places", "turns"),
+    [
+        (4, 2, [[0, 1], [2, 3]], [[0, 1]] * 2),
+        (4, 1, [[0, 1, 2, 3]], [[0, 1]]),
+        (4, 3, [[0], [1], [2, 3]], [[0, 1]] * 3),
+        (1, 3, [[0], [0], [0]], [[0, 3], [1, 3], [2, 3]]),
+        (2, 3, [[0], [0], [1]], [[0, 2], [1, 2], [0, 1]]),
+    ],
+)
+def test_other_ranks_share_out_the_training_states(tmp_path, written, world_size, places, turns):
+    write_train_states(tmp_path, written)
+    for rank in range(world_size):
+        state = read_train_state(tmp_path, rank, world_size)
+        assert (state["step"], state["acc_step"]) == (7, 0)
+        streams = state["data_loader_state"]["streams"]
+        assert [stream["place"] for stream in streams] == [f"place {number}" for number in places[rank]]
+        assert state["data_loader_state"]["turn"] == turns[rank]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_missing_training_state_is_named(tmp_path, missing, world_size):
+    write_train_states(tmp_path, 4)
+    (tmp_path / f"train_state_{missing:05d}.json").unlink()
+    assert f"train_state_{missing:05d}.json is missing" in refused_train_state(tmp_path, 0, world_size)
+
+
+def test_training_states_that_do_not_go_together(tmp_path):
+    write_train_states(tmp_path, 4)
+    (tmp_path / "train_state_00003.json").unlink()
+    assert "lack stream 3 of 4" in refused_train_state(tmp_path, 0, 2)
+    write_train_states(tmp_path, 4)
+    change_train_state(tmp_path, 2, step=8)
+    message = refused_train_state(tmp_path, 0, 2)
+    assert "train_state_00000.json is of step 7 and train_state_00002.json of step 8" in message
+    change_train_state(tmp_path, 2, step=7, data_loader_state={"made_with": {}, "place": None})
+    assert "is not one of this code" in refused_train_state(tmp_path, 0, 2)
+
+
+def test_no_training_state(tmp_path):
+    assert "no train_state_*.json" in refused_train_state(tmp_path, 0, 1)
+
+
 # --- files of strangers -------------------------------------------------------------------------------------------
 
 

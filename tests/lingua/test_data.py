@@ -27,8 +27,10 @@ from lingua.data import (
     RowPacker,
     SourceReader,
     build_dataloader_from_args,
+    check_state_fits,
     find_files,
     init_dataloader_state_from_args,
+    redistribute_state,
     share_files,
 )
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
@@ -492,7 +494,6 @@ def test_a_moved_folder_resumes(mixed, tmp_path):
     "changes",
     [
         {"seed": 43},
-        {"batch_size": 3},
         {"seq_len": 9},
         {"n_views": 2},
         {"prefetch_size": 4},
@@ -537,6 +538,281 @@ def test_a_document_that_became_shorter_is_noticed(tmp_path):
     state = through_json(take(args, 7)[-1][1])
     write_source(tmp_path, "a", [["x"]])
     assert "the data changed" in refusal(args, state, n=1)
+
+
+# --- other ranks and batch sizes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> DataArgs:
+    """Random letters, enough for tests that read no line twice, so that all rows differ. A pass is three batches."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefghijklmnop"), n)) for n in rng.integers(0, 30, 2400)]
+    write_source(root, "a", [texts[:500], texts[500:1000], texts[1000:1500]])
+    write_source(root, "b", [texts[1500:]])
+    return make_args(root, sources={"a": 2.0, "b": 1.0}, add_bos=False)
+
+
+def start(args: DataArgs, world_size: int) -> list:
+    return [init_dataloader_state_from_args(args, rank, world_size) for rank in range(world_size)]
+
+
+def go_on(args: DataArgs, states: list, world_size: int, n: int) -> tuple[list, list]:
+    """Each rank's next `n` batches on another number of ranks, and the states behind them, as a file has them."""
+    states = [redistribute_state(states, rank, world_size) for rank in range(world_size)]
+    items = [take(args, n, state) for state in states]
+    batches = [[batch for batch, _ in part] for part in items]
+    return batches, through_json([part[-1][1] if n else state for part, state in zip(items, states, strict=True)])
+
+
+def rows_of(batches) -> list[bytes]:
+    return [row.tobytes() for batch in batches for row in batch]
+
+
+def streams_of(args: DataArgs, n_streams: int, n_rows: int) -> list[list[bytes]]:
+    """At least `n_rows` of each stream, read plainly: on as many ranks, with the batch size of the start."""
+    n = n_rows // args.batch_size + 1
+    streams = [take(args, n, rank=number, world_size=n_streams) for number in range(n_streams)]
+    return [rows_of(batch for batch, _ in items) for items in streams]
+
+
+# (ranks, batch size, accumulated batches) at the start and then; the rows a step are the same.
+SAME_ROWS_A_STEP = [
+    ((4, 2, 1), (2, 2, 2)),
+    ((4, 2, 1), (2, 4, 1)),
+    ((4, 2, 3), (2, 3, 4)),
+    ((4, 3, 2), (2, 4, 3)),
+    ((4, 2, 1), (1, 2, 4)),
+    ((4, 2, 1), (1, 8, 1)),
+    ((4, 2, 1), (1, 1, 8)),
+    ((2, 2, 2), (4, 2, 1)),
+    ((2, 2, 2), (4, 1, 2)),
+    ((1, 2, 3), (3, 2, 1)),
+    ((1, 6, 1), (3, 2, 1)),
+    ((3, 2, 2), (3, 4, 1)),
+    ((3, 2, 2), (3, 1, 4)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), SAME_ROWS_A_STEP)
+def test_steps_read_the_same_rows_on_other_ranks(corpus, before, after):
+    (old_ranks, old_size, old_acc), (new_ranks, new_size, new_acc) = before, after
+    args = dataclasses.replace(corpus, batch_size=old_size)
+    expected, _ = go_on(args, start(args, old_ranks), old_ranks, 7 * old_acc)
+    _, states = go_on(args, start(args, old_ranks), old_ranks, 2 * old_acc)
+    args = dataclasses.replace(corpus, batch_size=new_size)
+    got, _ = go_on(args, states, new_ranks, 5 * new_acc)
+    for step in range(5):
+        old = [rows_of(rank[(step + 2) * old_acc :][:old_acc]) for rank in expected]
+        new = [rows_of(rank[step * new_acc :][:new_acc]) for rank in got]
+        assert len(set(itertools.chain(*new))) == new_ranks * new_size * new_acc, "two rows of the corpus are the same"
+        assert Counter(itertools.chain(*new)) == Counter(itertools.chain(*old)), f"step {step}"
+
+
+def check_nothing_is_lost(corpus: DataArgs, n_streams: int, batch_size: int, phases: list) -> None:
+    """Runs `phases` of (ranks, batch size, batches) and compares with the streams read plainly."""
+    args = dataclasses.replace(corpus, batch_size=batch_size)
+    states, read = start(args, n_streams), []
+    for world_size, size, n in phases:
+        batches, states = go_on(dataclasses.replace(corpus, batch_size=size), states, world_size, n)
+        assert all(batch.shape == (size, args.seq_len, args.n_views) for rank in batches for batch in rank)
+        read += rows_of(itertools.chain(*batches))
+    given = {stream["stream"]: stream["rows_given"] for state in states for stream in state["streams"]}
+    assert sorted(given) == list(range(n_streams))
+    plain = streams_of(args, n_streams, max(given.values()))
+    assert Counter(read) == Counter(row for number, n_rows in given.items() for row in plain[number][:n_rows])
+
+
+@pytest.mark.parametrize(
+    ("n_streams", "batch_size", "phases"),
+    [
+        (4, 2, [(4, 2, 3), (3, 2, 5)]),
+        (4, 2, [(4, 2, 3), (2, 2, 3), (3, 2, 4), (1, 2, 5), (4, 2, 3)]),
+        (2, 2, [(2, 2, 1), (4, 2, 3), (5, 2, 2), (3, 2, 3), (1, 2, 5), (2, 2, 2)]),
+        (1, 3, [(3, 2, 2), (5, 4, 1), (2, 3, 3), (1, 5, 3)]),
+        (3, 4, [(3, 4, 1), (2, 5, 3), (6, 1, 4), (1, 7, 5), (3, 4, 2)]),
+        (3, 2, [(1, 2, 1), (3, 2, 1), (2, 2, 0), (4, 2, 1)]),
+    ],
+)
+def test_nothing_is_skipped_or_repeated_in_chains_of_changes(corpus, n_streams, batch_size, phases):
+    check_nothing_is_lost(corpus, n_streams, batch_size, phases)
+
+
+@given(
+    n_streams=st.integers(1, 5),
+    batch_size=st.integers(1, 4),
+    phases=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=4),
+)
+@settings(max_examples=25, deadline=None)
+def test_nothing_is_skipped_or_repeated_in_any_chain_of_changes(corpus, n_streams, batch_size, phases):
+    check_nothing_is_lost(corpus, n_streams, batch_size, phases)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "load_async"),
+    [
+        *[(old, new, False) for old, new in [(2, 4), (4, 2), (3, 5), (5, 3), (2, 1), (1, 7)]],
+        (3, 5, True),
+    ],
+)
+def test_another_batch_size_reads_the_same_rows_in_the_same_order(corpus, old, new, load_async):
+    args = dataclasses.replace(corpus, batch_size=old, load_async=load_async)
+    expected = streams_of(args, 1, 70)[0]
+    first = take(args, 4)
+    args = dataclasses.replace(args, batch_size=new)
+    then = take(args, 5, through_json(first[-1][1]))
+    args = dataclasses.replace(args, batch_size=old)
+    last = take(args, 3, through_json(then[-1][1]))
+    read = rows_of(batch for batch, _ in first + then + last)
+    assert read == expected[: len(read)]
+
+
+def test_the_ranks_of_a_smaller_number_take_whole_batches_in_turn(corpus):
+    """Batch for batch what the former ranks would have read, where the batch size stays."""
+    expected, _ = go_on(corpus, start(corpus, 4), 4, 6)
+    got, _ = go_on(corpus, start(corpus, 4), 2, 12)
+    for rank, batches in enumerate(got):
+        for number, batch in enumerate(batches):
+            assert np.array_equal(batch, expected[2 * rank + number % 2][number // 2])
+
+
+def test_streams_that_are_behind_catch_up(corpus):
+    _, states = go_on(corpus, start(corpus, 2), 3, 4)
+    given = [stream["rows_given"] for state in states for stream in state["streams"]]
+    assert given == [16, 16, 8]
+    _, states = go_on(corpus, states, 1, 4)
+    assert [stream["rows_given"] for stream in states[0]["streams"]] == [16, 16]
+
+
+LEFT_OVER = [(1, 2, 1, 3), (1, 3, 1, 2), (3, 2, 1, 5), (4, 2, 3, 1), (2, 3, 5, 2)]
+
+
+@pytest.mark.parametrize(("n_streams", "old", "world_size", "new"), LEFT_OVER)
+def test_every_state_resumes_with_rows_left_over(corpus, n_streams, old, world_size, new):
+    args = dataclasses.replace(corpus, batch_size=old)
+    _, states = go_on(args, start(args, n_streams), n_streams, 2)
+    args = dataclasses.replace(args, batch_size=new)
+    for rank in {0, world_size // 2, world_size - 1}:
+        items = take(args, 16, redistribute_state(states, rank, world_size))
+        for place in range(11):
+            resumed = take(args, 5, through_json(items[place][1]))
+            for (batch, new_state), (expected, old_state) in zip(resumed, items[place + 1 :], strict=False):
+                assert np.array_equal(batch, expected)
+                assert through_json(new_state) == through_json(old_state)
+
+
+@pytest.mark.parametrize(("n_streams", "old", "world_size", "new"), LEFT_OVER[2:])
+def test_the_worker_resumes_with_rows_left_over(corpus, n_streams, old, world_size, new):
+    args = dataclasses.replace(corpus, batch_size=old)
+    _, states = go_on(args, start(args, n_streams), n_streams, 2)
+    state = redistribute_state(states, world_size - 1, world_size)
+    args = dataclasses.replace(args, batch_size=new)
+    with_worker = dataclasses.replace(args, load_async=True)
+    expected = take(args, 12, state)
+    first = take(with_worker, 5, state)
+    then = take(with_worker, 7, through_json(first[-1][1]))
+    for (batch, new_state), (other, old_state) in zip(first + then, expected, strict=True):
+        assert np.array_equal(batch, other)
+        assert new_state == through_json(old_state)
+
+
+def test_ranks_that_share_a_stream_have_the_same_state_but_for_their_turn(corpus):
+    _, states = go_on(corpus, start(corpus, 2), 5, 3)
+    assert [[stream["stream"] for stream in state["streams"]] for state in states] == [[0], [0], [0], [1], [1]]
+    assert [state["turn"] for state in states] == [[0, 3], [1, 3], [2, 3], [0, 2], [1, 2]]
+    for state in states:
+        assert state["streams"] == states[0 if state["turn"][1] == 3 else 3]["streams"]
+
+
+@given(n_streams=st.integers(1, 40), changes=st.lists(st.integers(1, 60), min_size=1, max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_every_stream_has_a_reader_and_every_rank_a_stream(n_streams, changes):
+    made_with = {"data.batch_size": 2, "streams": n_streams}
+    places = [{"stream": number, "rows_given": 2, "rows_used": 0, "place": {}} for number in range(n_streams)]
+    states = [{"made_with": made_with, "streams": [place], "turn": [0, 1]} for place in places]
+    as_given = states
+    for world_size in [*changes, n_streams]:
+        states = [redistribute_state(states, rank, world_size) for rank in range(world_size)]
+        turns = {number: [] for number in range(n_streams)}
+        for state in states:
+            assert len(state["streams"]) == 1 or state["turn"] == [0, 1]
+            for stream in state["streams"]:
+                turns[stream["stream"]].append(state["turn"])
+        assert all(taken == [[turn, len(taken)] for turn in range(len(taken))] for taken in turns.values())
+        assert all(turns.values())
+        n_read = [len(state["streams"]) for state in states]
+        assert max(n_read) - min(n_read) <= 1
+    assert states == as_given
+
+
+def test_states_stay_as_they_are_for_the_same_number_of_ranks(corpus):
+    _, states = go_on(corpus, start(corpus, 3), 2, 3)
+    for rank, state in enumerate(states):
+        assert redistribute_state(states, rank, 2) is state
+
+
+def test_another_batch_size_fits_and_another_buffer_does_not(corpus):
+    (state,) = start(corpus, 1)
+    check_state_fits(dataclasses.replace(corpus, batch_size=5), state)
+    with pytest.raises(ValueError, match=r"^data\.prefetch_size: 6 now, but 3 when"):
+        check_state_fits(dataclasses.replace(corpus, batch_size=1, prefetch_size=6), state)
+
+
+def spoil(states: list, rank: int, path: list, value) -> list:
+    """A copy of the states with another value at `path` of one rank's."""
+    states = through_json(states)
+    place = states[rank]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return states
+
+
+def test_states_that_do_not_go_together_are_refused(corpus):
+    states = start(corpus, 4)
+    _, shared = go_on(corpus, states, 6, 1)
+    for bad, problem in [
+        ([], "there is no loader state"),
+        (states[:3], "the loader states lack stream 3 of 4 "),
+        (states[1:3], "the loader states lack stream 0, 3 of 4 "),
+        (spoil(states, 2, ["made_with", "data.seed"], 7), "states of ranks 0 and 2 are not of one run, data.seed"),
+        (spoil(states, 1, ["made_with", "streams"], 5), "states of ranks 0 and 1 are not of one run, streams"),
+        (spoil(states, 1, ["made_with", "more"], 5), "states of ranks 0 and 1 are not of one run, more"),
+        (spoil(shared, 1, ["streams", 0, "rows_given"], 6), "states of ranks 0 and 1 have stream 0 at different"),
+        (spoil(shared, 4, ["streams", 0, "place"], None), "states of ranks 3 and 4 have stream 2 at different"),
+    ]:
+        with pytest.raises(ValueError, match="^data: ") as caught:
+            redistribute_state(bad, 0, 2)
+        assert problem in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        None,
+        {},
+        [],
+        {"made_with": {"rank": 0, "world_size": 1}, "place": None},
+        {"made_with": {}, "streams": [], "turn": [0, 1]},
+        {"made_with": {"data.batch_size": 2, "streams": 1}, "streams": [], "turn": [0, 1]},
+        {"made_with": {"data.batch_size": 2, "streams": 1}, "streams": None, "turn": [0, 1]},
+        {"made_with": {"data.batch_size": 2, "streams": 1}, "streams": [{"stream": 0}], "turn": [0, 1]},
+    ],
+)
+def test_foreign_states_are_refused(corpus, foreign):
+    for use in (lambda: redistribute_state([foreign], 0, 2), lambda: check_state_fits(corpus, foreign)):
+        with pytest.raises(
+            ValueError, match="^data: the checkpoint's loader state is not one of this code; start a new"
+        ):
+            use()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
+def test_states_for_bad_ranks_are_refused(corpus, rank, world_size):
+    with pytest.raises(ValueError, match="data-parallel ranks"):
+        redistribute_state(start(corpus, 3), rank, world_size)
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
