@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -235,7 +236,13 @@ def _recompute(block: nn.Module, everything: bool) -> None:
     options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
     if not everything:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
-    block.forward = functools.partial(checkpoint, block.forward, **options)
+    forward = block.forward
+
+    # No functools.partial: the compiler starts at a frame of ours, it passes over torch's own.
+    def recomputed(*args: object) -> torch.Tensor:
+        return checkpoint(forward, *args, **options)
+
+    block.forward = recomputed
 
 
 def _use_float8(model: nn.Module, pattern: str) -> None:
@@ -256,6 +263,8 @@ def _fits_float8(module: nn.Module) -> bool:
 
 def _shard(model: BaseTransformer, mesh: DeviceMesh, args: DistributedArgs, by_rows: bool) -> None:
     """FSDP2, a unit for each block. Repeated parameters (`no_shard`) are shards over one rank."""
+    # Tensor-parallel modules return views; nothing here works on them in place, of which torch warns at each step.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     full = args.fsdp_type == "full_shard"
     dtype = None if args.model_dtype == "fp32" else DTYPES[args.model_dtype]
     tables = {table.weight for memory in model.memories().values() for table in memory.own_tables}

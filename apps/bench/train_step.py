@@ -1,8 +1,11 @@
 """Training steps of a config's memory model beside the same model with feed-forwards in place of its memories.
 
     python -m apps.bench.train_step config=apps/main/configs/debug.yaml [rounds=10] [out=result.json]
+    torchrun --nproc-per-node 8 -m apps.bench.train_step config=... distributed.memory_parallel_size=8
 
-Both train on random tokens, in turns, so that whatever else the machine does falls on both alike.
+Both train on random tokens, in turns, so that whatever else the machine does falls on both alike, laid out over ranks
+and compiled as the config says. Figures are those of one rank; `in a step` is what a GPU holds at most beside
+parameters and optimizer state.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from apps.bench.report import report
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_flops_per_token, count_parameters
 from lingua.args import parse_args
-from lingua.distributed import DTYPES, find_world, run_main
+from lingua.distributed import DTYPES, World, find_world, process_group, run_main, validate_distributed_args
 from lingua.optim import build_optimizer, clip_gradients
+from lingua.parallelize import parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer
 
 
@@ -33,25 +37,68 @@ class BenchArgs(TrainArgs):
     out: str | None = None
 
 
-def build_step(args: TrainArgs, device: torch.device) -> tuple[torch.nn.Module, Callable[[], None]]:
-    """A model and a function that trains it one step."""
-    model = build_model(args).to_empty(device=device)
+def build_step(args: TrainArgs, world: World) -> tuple[dict[str, int], Callable[[], None]]:
+    """What counts of a model, and a function that trains it one step."""
+    device = world.device
+    model = build_model(args)
+    dense, memory = count_parameters(model)
+    counts = {"dense": dense, "memory": memory, "flops": count_flops_per_token(model, args.data.seq_len)}
+    reducer = parallelize(model, args.distributed, world)
+    model.to_empty(device=device)
     model.init_weights()
     optimizer, _ = build_optimizer(model, args.optim, args.steps)
     dtype = DTYPES[args.distributed.model_dtype]
     tokens = torch.randint(args.model.vocab_size, (args.data.batch_size, args.data.seq_len + 1), device=device)
 
     def step() -> None:
+        reducer.begin(last=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
+        reducer.finish()
         clip_gradients(model, args.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return model, step
+    return counts, step
+
+
+def measure(args: BenchArgs, world: World) -> list[dict[str, object]]:
+    dense_args = copy.deepcopy(args)
+    dense_args.model.productkey_args.is_enabled = False
+    contestants = {"memory": build_step(args, world), "dense": build_step(dense_args, world)}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    held: dict[str, int] = {}
+    on_gpu = world.device.type == "cuda"
+    for _ in range(args.rounds + 1):
+        for name, (_, step) in contestants.items():
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            for _ in range(args.steps_per_round):
+                step()
+            times[name].append((time.perf_counter() - start) / args.steps_per_round)
+            held[name] = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    tokens = args.data.batch_size * args.data.seq_len
+    seconds = {name: statistics.median(laps[1:]) for name, laps in times.items()}
+    rows = []
+    for name, (counts, _) in contestants.items():
+        rows.append(
+            {
+                "model": name,
+                "dense params": counts["dense"],
+                "memory params": counts["memory"],
+                "s/step": seconds[name],
+                "tokens/s": tokens / seconds[name],
+                "GFLOP/s": counts["flops"] * tokens / seconds[name] / 1e9,
+                "in a step": f"{held[name] / 2**30:.2f} GiB" if on_gpu else "-",
+                "of dense": seconds["dense"] / seconds[name],
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -65,36 +112,13 @@ def main() -> None:
     args.model.max_seqlen = args.data.seq_len
     if args.model.vocab_size == -1:
         args.model.vocab_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
-    device = find_world().device
-    dense_args = copy.deepcopy(args)
-    dense_args.model.productkey_args.is_enabled = False
-    contestants = {"memory": build_step(args, device), "dense": build_step(dense_args, device)}
-
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(args.rounds + 1):
-        for name, (_, step) in contestants.items():
-            start = time.perf_counter()
-            for _ in range(args.steps_per_round):
-                step()
-            times[name].append((time.perf_counter() - start) / args.steps_per_round)
-    tokens = args.data.batch_size * args.data.seq_len
-    seconds = {name: statistics.median(laps[1:]) for name, laps in times.items()}
-    rows = []
-    for name, (model, _) in contestants.items():
-        dense, memory = count_parameters(model)
-        flops = count_flops_per_token(model, args.data.seq_len) * tokens
-        rows.append(
-            {
-                "model": name,
-                "dense params": dense,
-                "memory params": memory,
-                "s/step": seconds[name],
-                "tokens/s": tokens / seconds[name],
-                "GFLOP/s": flops / seconds[name] / 1e9,
-                "of dense": seconds["dense"] / seconds[name],
-            }
-        )
-    report(f"training step, {args.name}, {args.data.batch_size} x {args.data.seq_len} tokens", rows, args.out)
+    world = find_world()
+    validate_distributed_args(args.distributed, world)
+    validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
+    with process_group(world, args.distributed.timeout):
+        rows = measure(args, world)
+    if world.rank == 0:
+        report(f"training step, {args.name}, {args.data.batch_size} x {args.data.seq_len} tokens", rows, args.out)
 
 
 if __name__ == "__main__":

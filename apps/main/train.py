@@ -232,7 +232,7 @@ class Run:
 
     def __init__(self, args: TrainArgs, world: World):
         self.args, self.world = args, world
-        self.step = 0
+        self.step, self.total_tokens = 0, 0
         self.data_rank, self.data_ranks = data_rank(args.distributed, world)
         self.loader_state = init_dataloader_state_from_args(args.data, self.data_rank, self.data_ranks)
         self.stopwatch = Stopwatch()
@@ -244,7 +244,7 @@ class Run:
             args.checkpoint, Path(path), world.rank, self.data_rank if writes else None
         )
         self.model = build_model(args)
-        self.tokens_per_batch = args.data.batch_size * args.data.seq_len
+        self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
 
@@ -260,6 +260,8 @@ class Run:
         if folder is not None:
             train_state = read_train_state(folder, self.data_rank, self.data_ranks)
             self.step, self.loader_state = train_state["step"], train_state["data_loader_state"]
+            # Other ranks may have read more tokens a step than these do.
+            self.total_tokens = train_state.get("total_tokens", self.step * self.tokens_per_step * self.data_ranks)
             check_state_fits(self.args.data, self.loader_state)
 
     def materialize(self, resume_from: Path | None) -> None:
@@ -303,6 +305,7 @@ class Run:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.total_tokens += self.tokens_per_step * self.data_ranks
         self.stopwatch.count_step()
         return Step(loss_sum / n_batches, *norms)
 
@@ -316,9 +319,8 @@ class Run:
     def log_step(self, step: Step) -> None:
         args, device = self.args, self.world.device
         mean_loss = self.mean_over_ranks(step.loss)
-        tokens_per_step = self.tokens_per_batch * args.grad_acc_steps
         # Per rank: those of a tensor-parallel group work on the same tokens.
-        speed = self.stopwatch.lap(tokens_per_step / args.distributed.tp_size, args.steps - self.step)
+        speed = self.stopwatch.lap(self.tokens_per_step / args.distributed.tp_size, args.steps - self.step)
         # The rate that this step was taken with; the schedule stands at the next one already.
         used = [
             base * factor(self.step - 1)
@@ -331,7 +333,7 @@ class Run:
             "speed/FLOPS": self.flops_per_token * speed["speed/wps"],
             "optim/grad_norm": step.grad_norm.item(),
             "optim/lr": used[0],
-            "optim/total_tokens": self.step * tokens_per_step * self.data_ranks,
+            "optim/total_tokens": self.total_tokens,
             **memory_metrics(device),
             "loss/out": mean_loss,
         }
@@ -345,7 +347,12 @@ class Run:
         return reduce_sum([loss.item()])[0] / self.world.size
 
     def save(self) -> None:
-        train_state = {"step": self.step, "acc_step": 0, "data_loader_state": self.loader_state}
+        train_state = {
+            "step": self.step,
+            "acc_step": 0,
+            "total_tokens": self.total_tokens,
+            "data_loader_state": self.loader_state,
+        }
         folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
         logger.info("%s %s", "writing in the background:" if self.args.checkpoint.save_async else "saved", folder)
         self.stopwatch.restart_lap()
@@ -450,7 +457,7 @@ def train(args: TrainArgs) -> None:
                 check_writable("checkpoint.path", run.checkpoints.path, checkpoint_bytes(run.model))
             room = ROOM_FOR_LOGS + (checkpoint_bytes(run.model) if args.checkpoint.path is None else 0)
             check_writable("dump_dir", Path(args.dump_dir), room)
-            logger.info("filling the shuffle buffer: %s rows", args.data.prefetch_size * args.data.batch_size)
+            logger.info("filling the shuffle buffer: %s batches", args.data.prefetch_size)
             stack.enter_context(collecting_by_steps())
             loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
             batches = itertools.chain([next(loader)], loader)

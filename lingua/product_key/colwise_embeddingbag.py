@@ -15,6 +15,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -77,16 +78,19 @@ def _sums_by_columns(
     columns = xformers_embedding_bag(
         _gather(_narrow(indices, len(weight)), group), weight, _gather(scores.to(weight.dtype), group)
     )
-    return _place(columns, group, Shard(1), Shard(0))
+    return _Exchange.apply(columns, group, True)
 
 
 def _products_by_columns(
     table: SlotProducts, group: DeviceMesh, indices: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     weight = table.weight.to_local()
-    own_columns = _place(x, group, Shard(0), Shard(1))
+    own_columns = _Exchange.apply(x, group, False)
     products = slot_products(_gather(_narrow(indices, len(weight)), group), weight, own_columns)
-    return _place(products, group, Partial(), Shard(0))
+    # Each rank's are of its columns alone: summed, every rank getting its own tokens'.
+    return (
+        DTensor.from_local(products, group, [Partial()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
+    )
 
 
 def _narrow(indices: torch.Tensor, n_slots: int) -> torch.Tensor:
@@ -100,6 +104,24 @@ def _gather(mine: torch.Tensor, group: DeviceMesh) -> torch.Tensor:
     return whole.to_local(grad_placements=[Partial()])
 
 
-def _place(tensor: torch.Tensor, group: DeviceMesh, found: object, wanted: object) -> torch.Tensor:
-    """A tensor that lies on the group as `found`, exchanged to lie as `wanted`; the gradient goes the way back."""
-    return DTensor.from_local(tensor, group, [found], run_check=False).redistribute(placements=[wanted]).to_local()
+class _Exchange(torch.autograd.Function):
+    """All-to-all between columns of all tokens, (m * N, dim / m), and whole rows of the own ones, (N, dim).
+
+    DTensor's own redistribution would do, but gathers everything everywhere on CPUs.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor, group: DeviceMesh, to_rows: bool):
+        ctx.group, ctx.to_rows = group, to_rows
+        return _exchange(tensor, group, to_rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange(grad, ctx.group, not ctx.to_rows), None, None
+
+
+def _exchange(tensor: torch.Tensor, group: DeviceMesh, to_rows: bool) -> torch.Tensor:
+    m = group.size()
+    parts = tensor.unflatten(0, (m, -1)) if to_rows else tensor.unflatten(1, (m, -1)).transpose(0, 1)
+    received = all_to_all_single(parts.contiguous(), None, None, group)
+    return received.transpose(0, 1).flatten(1) if to_rows else received.flatten(0, 1)

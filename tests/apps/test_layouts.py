@@ -1,0 +1,221 @@
+"""Every layout of ranks trains as one process that has all their batches does; checkpoints go from any to any."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+import torch
+from training import list_steps, read_losses, read_metrics, start_ranks
+
+from apps.main.train import TrainArgs, validate_train_args
+from apps.main.transformer import LMTransformer
+from lingua.args import parse_args
+from lingua.checkpoint import consolidate_checkpoints, load_model
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.distributed import World
+from lingua.optim import build_optimizer, clip_gradients
+
+STEPS = 20
+TABLE = "layers.1.feed_forward.values.weight"
+METRICS = ("loss/out", "optim/grad_norm", "optim/value_grad_norm")
+
+# ranks, how many of them hold different data, distributed.*
+LAYOUTS = {
+    "data parallel 2": (2, 2, {}),
+    "data parallel 4": (4, 4, {}),
+    "full_shard 4": (4, 4, {"fsdp_type": "full_shard"}),
+    "HSDP 2 x 2": (4, 4, {"fsdp_type": "full_shard", "dp_replicate": 2, "dp_shard": 2}),
+    "tensor parallel 2": (2, 1, {"tp_size": 2}),
+    "tensor parallel 2 x data parallel 2": (4, 2, {"tp_size": 2}),
+    "memory parallel 2": (2, 2, {"memory_parallel_size": 2}),
+    "memory parallel 4": (4, 4, {"memory_parallel_size": 4}),
+    "memory parallel 2, 2 replicas": (4, 4, {"memory_parallel_size": 2}),
+}
+WITH_ACCUMULATION = {f"{name}, accumulation 2": (*layout, 2) for name, layout in LAYOUTS.items()}
+OTHERS = {
+    "each layer checkpointed": (1, 1, {"checkpoint_each_layer": True}),
+    "selective checkpointing": (1, 1, {"selective_activation_checkpointing": True}),
+    "compile": (1, 1, {"compile": True}),
+    "each layer checkpointed, memory parallel 2": (2, 2, {"checkpoint_each_layer": True, "memory_parallel_size": 2}),
+    "each layer checkpointed, full_shard 2": (2, 2, {"checkpoint_each_layer": True, "fsdp_type": "full_shard"}),
+    "selective checkpointing, memory parallel 2": (
+        2,
+        2,
+        {"selective_activation_checkpointing": True, "memory_parallel_size": 2},
+    ),
+    "selective checkpointing, tensor parallel 2": (2, 1, {"selective_activation_checkpointing": True, "tp_size": 2}),
+    "compile, memory parallel 2": (2, 2, {"compile": True, "memory_parallel_size": 2}),
+    "HSDP 2 x 2, memory parallel 2": (4, 4, {"fsdp_type": "full_shard", "dp_shard": 2, "memory_parallel_size": 2}),
+    "tensor parallel 2 x full_shard 2": (4, 2, {"tp_size": 2, "fsdp_type": "full_shard"}),
+}
+
+# model.* variants under the layouts that split tables, with the parameters that hold them
+PEER = {"productkey_args.peer_variant": True, "productkey_args.mem_gated": True, "weight_tying": True}
+SEPARATE = {
+    "productkey_args.mem_share_values": False,
+    "productkey_args.mem_v_dim": 12,
+    "productkey_args.swilu_projection": False,
+}
+SPLIT = {
+    "memory parallel 2": (2, 2, {"memory_parallel_size": 2}),
+    "full_shard 2": (2, 2, {"fsdp_type": "full_shard"}),
+    "tensor parallel 2": (2, 1, {"tp_size": 2}),
+}
+
+
+def train_plainly(argv, n_ranks):
+    """In a loop of a few lines: (loss, gradient norm, that of the tables) of each step, and the model."""
+    args = parse_args(TrainArgs, [str(argument) for argument in argv])
+    validate_train_args(args, World(size=n_ranks))
+    model = LMTransformer(args.model)
+    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+    done = []
+    with contextlib.ExitStack() as stack:
+        states = [init_dataloader_state_from_args(args.data, rank, n_ranks) for rank in range(n_ranks)]
+        loaders = [stack.enter_context(build_dataloader_from_args(args.data, state)) for state in states]
+        for _ in range(args.steps):
+            total = 0.0
+            for _ in range(args.grad_acc_steps):
+                batch = torch.cat([torch.from_numpy(next(loader)[0]) for loader in loaders])
+                loss = model(batch[..., 0], batch[..., 1])
+                (loss / args.grad_acc_steps).backward()
+                total += loss.item() / args.grad_acc_steps
+            grad_norm, value_grad_norm = clip_gradients(model, args.optim.clip)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            done.append((total, grad_norm.item(), value_grad_norm.item()))
+    return done, model
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """`plain(n_ranks, grad_acc_steps, *model arguments)`: what `train_plainly` gives, worked out once each."""
+    known = {}
+
+    def get(n_ranks, grad_acc_steps, *arguments):
+        key = n_ranks, grad_acc_steps, arguments
+        if key not in known:
+            folder = tmp_path_factory.mktemp("plain")
+            argv = [f"config={tiny}", f"dump_dir={folder}", f"steps={STEPS}", f"grad_acc_steps={grad_acc_steps}"]
+            known[key] = train_plainly([*argv, *arguments], n_ranks)
+        return known[key]
+
+    return get
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+    """`train(name, n_ranks, {distributed.*}, *key_values)` as torchrun would start it; returns the dump_dir."""
+
+    def run(name, n_ranks, distributed, *arguments):
+        argv = [f"config={tiny}", f"dump_dir={tmp_path / name}", f"steps={STEPS}", "distributed.timeout=120"]
+        argv += [f"distributed.{key}={value}" for key, value in distributed.items()]
+        ranks = start_ranks(n_ranks, [*argv, *arguments], tmp_path)
+        results = [rank.finish() for rank in ranks]
+        for result in results:
+            result.ok()
+        return tmp_path / name
+
+    return run
+
+
+def load(dump_dir, step=STEPS):
+    model = LMTransformer(parse_args(TrainArgs, [f"config={dump_dir / 'config.yaml'}"]).model)
+    load_model(dump_dir / "checkpoints" / f"{step:010d}", model)
+    return model
+
+
+def assert_follows(dump_dir, expected):
+    steps, expected_model = expected
+    metrics = read_metrics(dump_dir)
+    assert [line["global_step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert steps[-1][0] < 0.7 * steps[0][0], "it learns nothing, so it compares nothing"
+    for line, values in zip(metrics, steps, strict=True):
+        assert [line[name] for name in METRICS] == pytest.approx(values, rel=1e-4)
+    model = load(dump_dir)
+    for name, parameter in expected_model.named_parameters():
+        close = {"rtol": 1e-4, "atol": 1e-6} if "values" in name else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(model.get_parameter(name), parameter, **close)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *WITH_ACCUMULATION, *OTHERS])
+def test_follows_one_process(name, train, plain):
+    n_ranks, data_ranks, distributed, *rest = (LAYOUTS | WITH_ACCUMULATION | OTHERS)[name]
+    grad_acc_steps = rest[0] if rest else 1
+    dump_dir = train("run", n_ranks, distributed, f"grad_acc_steps={grad_acc_steps}")
+    assert_follows(dump_dir, plain(data_ranks, grad_acc_steps))
+    places = sorted((dump_dir / "checkpoints" / f"{STEPS:010d}").glob("train_state_*.json"))
+    assert len(places) == data_ranks
+    tokens = STEPS * grad_acc_steps * data_ranks * 2 * 32
+    assert read_metrics(dump_dir)[-1]["optim/total_tokens"] == tokens
+
+
+@pytest.mark.parametrize("variant", ["peer", "separate"])
+@pytest.mark.parametrize("name", SPLIT)
+def test_variants_follow_one_process(name, variant, train, plain):
+    n_ranks, data_ranks, distributed = SPLIT[name]
+    settings = {"peer": PEER, "separate": SEPARATE}[variant]
+    arguments = [f"model.{key}={json.dumps(value)}" for key, value in settings.items()]
+    dump_dir = train("run", n_ranks, distributed, "grad_acc_steps=1", *arguments)
+    assert_follows(dump_dir, plain(data_ranks, 1, *arguments))
+
+
+# The same four batches of two rows in each step.
+BATCHES = {4: ["grad_acc_steps=1"], 2: ["grad_acc_steps=2"], 1: ["grad_acc_steps=2", "data.batch_size=4"]}
+
+
+def test_checkpoints_move_between_layouts(train, plain, tmp_path):
+    """Steps 1 to 7 on four ranks, to 14 on two, to 20 on one, and from 14 on four again, each in another layout."""
+    legs = [
+        ("first", 4, LAYOUTS["HSDP 2 x 2"][2], None),
+        ("second", 2, {"memory_parallel_size": 2}, ("first", 7)),
+        ("third", 1, {}, ("second", 14)),
+        ("fourth", 4, {"fsdp_type": "full_shard", "memory_parallel_size": 4}, ("second", 14)),
+        ("fifth", 2, {"fsdp_type": "full_shard", "checkpoint_each_layer": True}, ("fourth", 15)),
+    ]
+    expected, model = plain(4, 1)
+    for name, n_ranks, distributed, before in legs:
+        start = 0
+        if before is not None:
+            start = before[1]
+            folder = f"checkpoints/{start:010d}"
+            shutil.copytree(tmp_path / before[0] / folder, tmp_path / name / folder)
+        every = "checkpoint.dump.every=1" if name == "fourth" else "checkpoint.dump.every=7"
+        dump_dir = train(name, n_ranks, distributed, every, *BATCHES[n_ranks])
+        losses = read_losses(dump_dir)
+        assert [step for step, _ in losses] == list(range(start + 1, STEPS + 1))
+        assert [loss for _, loss in losses] == pytest.approx([row[0] for row in expected[start:]], rel=1e-4)
+        torch.testing.assert_close(
+            load(dump_dir).get_parameter(TABLE), model.get_parameter(TABLE), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_tensor_parallel_ranks_share_a_place_in_the_data(train, plain, tmp_path):
+    """Two ranks of tensor parallelism go on as one rank, and the other way round."""
+    train("split", 2, {"tp_size": 2}, "grad_acc_steps=1", "checkpoint.dump.every=10")
+    shutil.copytree(tmp_path / "split/checkpoints/0000000010", tmp_path / "whole/checkpoints/0000000010")
+    whole = train("whole", 1, {}, "grad_acc_steps=1", "checkpoint.dump.every=5")
+    shutil.copytree(tmp_path / "whole/checkpoints/0000000015", tmp_path / "again/checkpoints/0000000015")
+    again = train("again", 2, {"tp_size": 2}, "grad_acc_steps=1")
+    expected, _ = plain(1, 1)
+    for dump_dir, start in ((whole, 10), (again, 15)):
+        assert [loss for _, loss in read_losses(dump_dir)] == pytest.approx(
+            [row[0] for row in expected[start:]], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_starts_from_the_weights_of_a_consolidated_checkpoint(name, train, tmp_path):
+    """`init_ckpt_path`: the first loss is the one that the checkpoint's model has."""
+    source = train("source", 1, {}, "grad_acc_steps=1")
+    consolidated = consolidate_checkpoints(source / "checkpoints" / f"{STEPS:010d}")
+    n_ranks, data_ranks, distributed = SPLIT[name]
+    losses = []
+    for run, (ranks, layout) in {"split": (n_ranks, distributed), "plain": (data_ranks, {})}.items():
+        arguments = ["grad_acc_steps=1", f"checkpoint.init_ckpt_path={consolidated}", "optim.warmup=0"]
+        losses.append([loss for _, loss in read_losses(train(run, ranks, layout, *arguments))])
+        assert list_steps(tmp_path / run)[-1] == STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] < 4.5
