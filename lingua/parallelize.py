@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -328,6 +329,11 @@ class GradientReducer:
             grad = parameter.grad
             if isinstance(grad, DTensor) and grad.placements != parameter.placements:
                 parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What this rank holds of them."""
+    return sum(part.numel() * part.element_size() for part in map(_local, tensors))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

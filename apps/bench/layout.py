@@ -19,7 +19,7 @@ from apps.main.transformer import LMTransformer
 from lingua.args import parse_args
 from lingua.distributed import World, find_world, mesh_sizes, process_group, run_main, validate_distributed_args
 from lingua.optim import build_optimizer, split_parameters
-from lingua.parallelize import parallelize, validate_parallelism
+from lingua.parallelize import local_bytes, parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import RMSNorm
 
@@ -42,11 +42,6 @@ def expected_bytes(model: LMTransformer, args: TrainArgs, world: World) -> float
     split_over = {parameter: shard * (1 if parameter in norms else tp_size) for parameter in kinds["dense"]}
     split_over |= dict.fromkeys(kinds["memory"], shard) | dict.fromkeys(kinds["values"], table_ranks)
     return sum(parameter.numel() * parameter.element_size() / ranks for parameter, ranks in split_over.items())
-
-
-def local_bytes(tensors: list[torch.Tensor]) -> int:
-    held = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def measure(args: TrainArgs, world: World) -> list[dict[str, object]]:

@@ -71,7 +71,7 @@ from lingua.metrics import (
     validate_logging_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
-from lingua.parallelize import parallelize, validate_parallelism
+from lingua.parallelize import local_bytes, parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,8 @@ def set_torch_options(args: TrainArgs) -> None:
 def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
     dense, memory = count_parameters(model)
     threads = torch.get_num_threads()
-    logger.info("parameters: %s dense, %s in memory values", f"{dense:,}", f"{memory:,}")
+    held = f"{local_bytes(model.parameters()) / 2**20:,.0f} MiB on this rank"
+    logger.info("parameters: %s dense, %s in memory values; %s", f"{dense:,}", f"{memory:,}", held)
     logger.info(
         "%s rank(s) on %s (%s), computing in %s; torch %s, Python %s",
         world.size,
