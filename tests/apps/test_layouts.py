@@ -1,20 +1,17 @@
 """Every layout of ranks trains as one process that has all their batches does; checkpoints go from any to any."""
 
-import contextlib
 import json
 import shutil
 
 import pytest
 import torch
+from plain import train_plainly
 from training import list_steps, read_losses, read_metrics, start_ranks
 
-from apps.main.train import TrainArgs, validate_train_args
+from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer
 from lingua.args import parse_args
 from lingua.checkpoint import consolidate_checkpoints, load_model
-from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
-from lingua.distributed import World
-from lingua.optim import build_optimizer, clip_gradients
 
 STEPS = 20
 TABLE = "layers.1.feed_forward.values.weight"
@@ -62,31 +59,6 @@ SPLIT = {
     "full_shard 2": (2, 2, {"fsdp_type": "full_shard"}),
     "tensor parallel 2": (2, 1, {"tp_size": 2}),
 }
-
-
-def train_plainly(argv, n_ranks):
-    """In a loop of a few lines: (loss, gradient norm, that of the tables) of each step, and the model."""
-    args = parse_args(TrainArgs, [str(argument) for argument in argv])
-    validate_train_args(args, World(size=n_ranks))
-    model = LMTransformer(args.model)
-    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
-    done = []
-    with contextlib.ExitStack() as stack:
-        states = [init_dataloader_state_from_args(args.data, rank, n_ranks) for rank in range(n_ranks)]
-        loaders = [stack.enter_context(build_dataloader_from_args(args.data, state)) for state in states]
-        for _ in range(args.steps):
-            total = 0.0
-            for _ in range(args.grad_acc_steps):
-                batch = torch.cat([torch.from_numpy(next(loader)[0]) for loader in loaders])
-                loss = model(batch[..., 0], batch[..., 1])
-                (loss / args.grad_acc_steps).backward()
-                total += loss.item() / args.grad_acc_steps
-            grad_norm, value_grad_norm = clip_gradients(model, args.optim.clip)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            done.append((total, grad_norm.item(), value_grad_norm.item()))
-    return done, model
 
 
 @pytest.fixture(scope="module")
