@@ -89,7 +89,7 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
         raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
     if memory_layers(args.productkey_args, args.n_layers):
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             HashingMemory(args.dim, args.dim, **memory_kwargs(args.productkey_args))
 
 

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import Training, list_steps, tiny_config, write_config, write_corpus
+from training import Training, list_steps, start_ranks, tiny_config, write_config, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +32,14 @@ def reference(tiny, tmp_path_factory) -> Path:
     result = Training([f"config={tiny}", f"dump_dir={folder / 'run'}"], folder).finish().ok()
     assert result.err == ""
     assert list_steps(folder / "run") == list(range(5, 65, 5))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def pair(tiny, tmp_path_factory) -> Path:
+    """What an uninterrupted run of two ranks and 20 steps left. To be copied, not written to."""
+    folder = tmp_path_factory.mktemp("pair")
+    for rank in start_ranks(2, [f"config={tiny}", f"dump_dir={folder / 'run'}", "steps=20"], folder):
+        assert rank.finish().ok().err == ""
+    assert list_steps(folder / "run") == [5, 10, 15, 20]
     return folder / "run"

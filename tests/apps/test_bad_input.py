@@ -15,6 +15,7 @@ import pytest
 import torch
 from training import (
     Training,
+    free_port,
     last_step,
     list_steps,
     read_losses,
@@ -25,9 +26,13 @@ from training import (
     wait_until,
 )
 
+from apps.main.train import TrainArgs, validate_train_args
+from lingua.args import parse_args
 from lingua.checkpoint import consolidate_checkpoints, find_damage
+from lingua.distributed import World
 
 MEMORY = "model.productkey_args"
+SIZES = ("dp_shard", "dp_replicate", "tp_size", "memory_parallel_size")
 # Under torchrun the ranks' ends race each other; that the message gets through is to hold on every try.
 RANKS = 2
 
@@ -130,18 +135,14 @@ CASES = [
     ([f"{MEMORY}.mem_v_dim=8", f"{MEMORY}.peer_variant=true"], [f"{MEMORY}.mem_v_dim"]),
     ([f"{MEMORY}.value_fixed_lr=-1"], [f"{MEMORY}.value_fixed_lr", "-1"]),
     ([f"{MEMORY}.value_fixed_lr=nan"], [f"{MEMORY}.value_fixed_lr", "nan"]),
-    # sizes that do not fit one process, and what is still to come
-    (["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3"]),
-    (["distributed.tp_size=2"], ["distributed.tp_size", "2"]),
-    (["distributed.dp_shard=2"], ["distributed.dp_shard", "2"]),
-    (["distributed.dp_shard=0"], ["distributed.dp_shard"]),
+    # layouts (more of them in LAYOUTS), and what is still to come
+    (["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3", "1 ranks"]),
+    (["distributed.tp_size=2"], ["distributed.tp_size", "2", "1 ranks"]),
+    (["distributed.dp_shard=2"], ["distributed.dp_shard", "2", "1 ranks"]),
     (["distributed.model_dtype=fp8"], ["distributed.model_dtype", "fp8"]),
     (["distributed.fsdp_type=shard"], ["distributed.fsdp_type", "shard"]),
-    (["distributed.compile=true"], ["distributed.compile"]),
-    (["distributed.checkpoint_each_layer=true"], ["distributed.checkpoint_each_layer"]),
-    (["distributed.selective_activation_checkpointing=true"], ["distributed.selective_activation_checkpointing"]),
-    (["distributed.float8_recipe=rowwise"], ["distributed.float8_recipe"]),
-    (["distributed.float8_recipe=columnwise"], ["distributed.float8_recipe"]),
+    (["distributed.float8_recipe=rowwise"], ["distributed.float8_recipe", "GPU", "a CPU"]),
+    (["distributed.float8_recipe=columnwise"], ["distributed.float8_recipe", "columnwise", "rowwise"]),
     (["profiling.run=true"], ["profiling.run"]),
     (["probe_freq=10"], ["probe_freq"]),
     (["async_eval_gpus=1"], ["async_eval_gpus"]),
@@ -323,7 +324,6 @@ def test_initial_checkpoint_of_another_shape(start, reference, tmp_path, form, c
     ("change", "words"),
     [
         *SHAPES,
-        (["data.batch_size=4"], ["data.batch_size", "4", "2"]),
         (["data.seq_len=16"], ["data.seq_len", "16", "32"]),
         (["data.seed=1"], ["data.seed"]),
         (["data.sources.beta=2"], ["data.sources"]),
@@ -434,10 +434,10 @@ def test_file_in_the_way(start, tmp_path, key, inside):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("keep", [0, 1])
-def test_disk_that_fills_up(start, reference, tmp_path, keep):
+@pytest.mark.parametrize(("keep", "save_async"), [(0, "false"), (1, "false"), (0, "true"), (1, "true")])
+def test_disk_that_fills_up(start, reference, tmp_path, keep, save_async):
     """The second checkpoint finds no room: the first stays whole, and with more room the run goes on from it."""
-    disk, keys = tmp_path / "disk", [f"checkpoint.dump.keep={keep}"]
+    disk, keys = tmp_path / "disk", [f"checkpoint.dump.keep={keep}", f"checkpoint.save_async={save_async}"]
     one = bytes_of(reference / "checkpoints" / "0000000005")
     with small_disk(disk, int(1.7 * one)):
         line = start(disk / "run", *keys).finish().the_error()
@@ -494,15 +494,90 @@ def the_ranks_error(runs):
     return lines[0]
 
 
+# (number of ranks, distributed.*, arguments, what the line must name)
+LAYOUTS = [
+    # groups that the ranks cannot be split into
+    (8, {"memory_parallel_size": 3}, [], ["distributed.memory_parallel_size", "3", "8 ranks"]),
+    (8, {"memory_parallel_size": 16}, [], ["distributed.memory_parallel_size", "16", "8 ranks"]),
+    (8, {"tp_size": 3}, [], ["distributed.tp_size", "3", "8 ranks"]),
+    (8, {"dp_shard": 3, "fsdp_type": "full_shard"}, [], ["distributed.dp_shard", "3", "8 ranks"]),
+    (2, {"dp_shard": 2, "tp_size": 2, "fsdp_type": "full_shard"}, [], ["dp_shard=2", "tp_size=2", "2 ranks"]),
+    (6, {"dp_shard": 6, "tp_size": 2, "fsdp_type": "full_shard"}, [], ["dp_shard=6", "tp_size=2", "6 ranks"]),
+    # sizes of the model that a group does not divide
+    (4, {"tp_size": 4}, ["model.n_heads=2"], ["distributed.tp_size", "4", "model.n_heads=2"]),
+    (4, {"tp_size": 4}, ["model.n_heads=4", "model.n_kv_heads=2"], ["distributed.tp_size", "model.n_kv_heads=2"]),
+    (4, {"tp_size": 4}, ["model.n_heads=4"], ["distributed.tp_size", "4", "model.vocab_size=258"]),
+    (2, {"tp_size": 2}, ["data.seq_len=31"], ["distributed.tp_size", "2", "data.seq_len=31"]),
+    (2, {"tp_size": 2}, ["model.multiple_of=1"], ["distributed.tp_size", "2", "hidden size=85"]),
+    (2, {"tp_size": 2}, [f"{MEMORY}.mem_v_dim=7"], ["distributed.tp_size", "2", "7 columns", f"{MEMORY}.mem_v_dim"]),
+    (4, {"memory_parallel_size": 4}, [f"{MEMORY}.mem_v_dim=6"], ["distributed.memory_parallel_size", "6 columns"]),
+    (3, {"memory_parallel_size": 3}, [], ["distributed.memory_parallel_size", "3", "32 columns", "model.dim"]),
+    (3, {"memory_parallel_size": 3}, [f"{MEMORY}.peer_variant=true"], ["distributed.memory_parallel_size"]),
+    # what does not go together
+    (4, {"tp_size": 2, "memory_parallel_size": 2}, [], ["distributed.memory_parallel_size", "tp_size=2"]),
+    (2, {"dp_shard": 2}, [], ["distributed.fsdp_type", "no_shard", "dp_shard=2"]),
+    (2, {"dp_shard": 2, "fsdp_type": "no_shard"}, [], ["distributed.fsdp_type", "no_shard", "dp_shard=2"]),
+    (2, {"float8_recipe": "rowwise"}, [], ["distributed.float8_recipe", "GPU", "a CPU"]),
+    # out of range
+    *((2, {name: 0}, [], [f"distributed.{name}", "0"]) for name in SIZES),
+    *((2, {name: -2}, [], [f"distributed.{name}", "-2"]) for name in SIZES),
+    (2, {"timeout": 0}, [], ["distributed.timeout", "0 seconds"]),
+    (2, {"timeout": -1}, [], ["distributed.timeout", "-1 seconds"]),
+    (1, {"compile_cache_size_limit": 0}, [], ["distributed.compile_cache_size_limit", "0"]),
+]
+
+
+@pytest.mark.parametrize(("n_ranks", "layout", "arguments", "words"), LAYOUTS)
+def test_layout(tiny, n_ranks, layout, arguments, words):
+    args = parse_args(TrainArgs, [f"config={tiny}", *in_section("distributed", layout), *arguments])
+    with pytest.raises(ValueError, match=r"^distributed\.[^\n]*$") as error:
+        validate_train_args(args, World(size=n_ranks))
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+
+
+def in_section(name, values):
+    return [f"{name}.{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "layout"),
+    [
+        (8, {"memory_parallel_size": 4, "fsdp_type": "full_shard", "dp_shard": 2}),
+        (4, {"tp_size": 2, "dp_shard": 2, "fsdp_type": "full_shard"}),
+        (8, {"dp_shard": 2, "dp_replicate": 3, "fsdp_type": "full_shard"}),
+        (2, {"compile": "true", "checkpoint_each_layer": "true"}),
+        (2, {"selective_activation_checkpointing": "true"}),
+    ],
+)
+def test_layout_that_is_taken(tiny, n_ranks, layout):
+    """`dp_replicate` follows from the others, whatever it says: published configs rely on it."""
+    args = parse_args(TrainArgs, [f"config={tiny}", *in_section("distributed", layout)])
+    validate_train_args(args, World(size=n_ranks))
+    assert args.distributed.dp_replicate * args.distributed.dp_shard * args.distributed.tp_size == n_ranks
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "arguments", "words"),
+    [
+        (8, ["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3", "8 ranks"]),
+        (4, ["distributed.tp_size=4", "model.n_heads=4"], ["distributed.tp_size", "model.vocab_size=258"]),
+        (4, ["distributed.tp_size=2", "distributed.memory_parallel_size=2"], ["distributed.memory_parallel_size"]),
+        (2, ["distributed.dp_shard=2"], ["distributed.fsdp_type", "no_shard"]),
+        (2, ["distributed.float8_recipe=rowwise"], ["distributed.float8_recipe", "a CPU"]),
+    ],
+)
+def test_layout_is_refused_before_ranks_meet(start, tmp_path, n_ranks, arguments, words):
+    """The first rank comes to its end alone: it would wait for the others if it went as far as a process group."""
+    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    line = refuse(start, tmp_path / "run", *arguments, **{name: str(value) for name, value in launch.items()})
+    assert all(word in line for word in words), line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3", "2 ranks"]),
-        (["distributed.memory_parallel_size=2"], ["distributed.memory_parallel_size", "not available yet"]),
-        (["distributed.tp_size=2"], ["distributed.tp_size", "not available yet"]),
-        (["distributed.dp_shard=2"], ["distributed.dp_shard", "not available yet"]),
-        (["distributed.dp_shard=2", "distributed.tp_size=2"], ["distributed.dp_shard"]),
-        (["distributed.fsdp_type=full_shard"], ["distributed.fsdp_type", "not available yet"]),
         (["checkpoint.init_ckpt_path=/no/such"], ["/no/such"]),
         (["dump_dir=/proc/nothing"], ["dump_dir"]),
     ],
@@ -514,18 +589,21 @@ def test_ranks(tiny, tmp_path, arguments, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_number_of_ranks(tiny, reference, tmp_path):
-    dump_dir = shutil.copytree(reference, tmp_path / "run")
+def test_training_state_that_is_missing(tiny, pair, tmp_path):
+    """The place in the data of one of the ranks that wrote the checkpoint."""
+    dump_dir = shutil.copytree(pair, tmp_path / "run")
+    (dump_dir / "checkpoints" / "0000000020" / "train_state_00000.json").unlink()
     before = snapshot(dump_dir)
-    line = the_ranks_error(start_ranks(RANKS, [f"config={tiny}", f"dump_dir={dump_dir}", "steps=70"], tmp_path))
-    assert "1 data-parallel ranks" in line
+    line = the_ranks_error(start_ranks(RANKS, [f"config={tiny}", f"dump_dir={dump_dir}", "steps=30"], tmp_path))
+    assert "train_state_00000.json is missing" in line
     assert snapshot(dump_dir) == before
 
 
-def test_full_disk_for_ranks(tiny, reference, tmp_path):
+@pytest.mark.parametrize("save_async", ["false", "true"])
+def test_full_disk_for_ranks(tiny, reference, tmp_path, save_async):
     disk = tmp_path / "disk"
     one = bytes_of(reference / "checkpoints" / "0000000005")
-    argv = [f"config={tiny}", f"dump_dir={disk / 'run'}"]
+    argv = [f"config={tiny}", f"dump_dir={disk / 'run'}", f"checkpoint.save_async={save_async}"]
     with small_disk(disk, int(1.7 * one)):
         line = the_ranks_error(start_ranks(RANKS, argv, tmp_path))
         assert "checkpoint of step 10" in line

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -110,8 +111,45 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
     from lingua.distributed import run_main
 
     torch.set_num_threads(1)
+    if "HOLD" in environment:
+        _wait_at(Path(environment["HOLD"]))
     sys.argv = ["train.py", *argv]
     run_main(main)
+
+
+class Hold:
+    """Where a training process stops, as if the disk stood still there: `Training(..., **hold.variables)`.
+
+    It waits before it opens or renames a file, if `pattern` is found in "open PATH" or "os.rename PATH".
+    """
+
+    def __init__(self, file: Path, pattern: str):
+        self.file = file
+        self.variables = {"HOLD": str(file)}
+        file.write_text(pattern)
+
+    def is_reached(self) -> bool:
+        return _reached(self.file).exists()
+
+    def release(self) -> None:
+        self.file.unlink()
+
+
+def _reached(hold: Path) -> Path:
+    return hold.with_suffix(".reached")
+
+
+def _wait_at(hold: Path) -> None:
+    """Stops this process's threads at the hold, for as long as its file is there."""
+    pattern = re.compile(hold.read_text())
+
+    def look(event: str, arguments: tuple) -> None:
+        if event in ("open", "os.rename") and pattern.search(f"{event} {arguments[0]}"):
+            _reached(hold).touch()
+            while hold.exists():
+                time.sleep(0.002)
+
+    sys.addaudithook(look)
 
 
 @dataclass
@@ -176,12 +214,15 @@ class Training:
         return self.process.exitcode is None
 
 
-def start_ranks(n_ranks: int, argv: list[object], logs: Path, **variables: str) -> list[Training]:
-    """What torchrun starts, less torchrun."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def start_ranks(n_ranks: int, argv: list[object], logs: Path, **variables: str) -> list[Training]:
+    """What torchrun starts, less torchrun."""
+    launch = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Training(argv, logs, RANK=str(rank), LOCAL_RANK=str(rank), **launch, **variables) for rank in range(n_ranks)
     ]

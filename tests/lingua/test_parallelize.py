@@ -1,0 +1,316 @@
+"""Models laid out over ranks against one process: who has which data, gradients, norms, recomputing, compiling."""
+
+import collections
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, model_args, whole
+from ranks import run_ranks
+from torch._dynamo.backends.debugging import aot_eager
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apps.main.transformer import LMTransformer, LMTransformerArgs
+from lingua.distributed import DistributedArgs, World, data_rank, mesh_sizes, validate_distributed_args
+from lingua.initialize import normal
+from lingua.optim import clip_gradients, split_parameters
+from lingua.parallelize import validate_parallelism
+
+FULL = {"fsdp_type": "full_shard"}
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "distributed", "sizes"),
+    [
+        (1, {}, (1, 1, 1)),
+        (1, FULL, (1, 1, 1)),
+        (8, {}, (8, 1, 1)),
+        (8, FULL, (1, 8, 1)),
+        (8, {"dp_shard": 8, **FULL}, (1, 8, 1)),
+        (8, {"dp_shard": 2, **FULL}, (4, 2, 1)),
+        (8, {"dp_shard": 4, "dp_replicate": 2, **FULL}, (2, 4, 1)),
+        (8, {"dp_shard": 4, "dp_replicate": 5, **FULL}, (2, 4, 1)),  # worked out where it does not fit
+        (8, {"dp_replicate": 3}, (8, 1, 1)),
+        (8, {"tp_size": 2}, (4, 1, 2)),
+        (8, {"tp_size": 8}, (1, 1, 8)),
+        (8, {"tp_size": 2, **FULL}, (1, 4, 2)),
+        (8, {"tp_size": 2, "dp_shard": 2, **FULL}, (2, 2, 2)),
+        (8, {"memory_parallel_size": 4}, (8, 1, 1)),
+        (8, {"memory_parallel_size": 8, **FULL}, (1, 8, 1)),
+        (6, {"dp_shard": 3, **FULL}, (2, 3, 1)),
+        (6, {"tp_size": 3}, (2, 1, 3)),
+    ],
+)
+def test_mesh_sizes(world_size, distributed, sizes):
+    args = DistributedArgs(**distributed)
+    validate_distributed_args(args, World(size=world_size))
+    assert mesh_sizes(args, World(size=world_size)) == sizes
+    assert args.dp_replicate * args.dp_shard * args.tp_size == world_size
+
+
+@pytest.mark.parametrize(
+    ("world_size", "distributed", "numbers"),
+    [
+        (1, {}, [0]),
+        (4, {}, [0, 1, 2, 3]),
+        (4, FULL, [0, 1, 2, 3]),
+        (4, {"dp_shard": 2, **FULL}, [0, 1, 2, 3]),
+        (4, {"memory_parallel_size": 2}, [0, 1, 2, 3]),
+        (4, {"tp_size": 4}, [0, 0, 0, 0]),
+        (4, {"tp_size": 2}, [0, 0, 1, 1]),
+        (4, {"tp_size": 2, **FULL}, [0, 0, 1, 1]),
+        (8, {"tp_size": 2, "dp_shard": 2, **FULL}, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (6, {"tp_size": 3}, [0, 0, 0, 1, 1, 1]),
+    ],
+)
+def test_data_rank(world_size, distributed, numbers):
+    """Every rank has data of its own (Lingua issues 58 and 66), but for those of a tensor-parallel group."""
+    args = DistributedArgs(**distributed)
+    validate_distributed_args(args, World(size=world_size))
+    found = [data_rank(args, World(rank, rank, world_size)) for rank in range(world_size)]
+    assert found == [(number, max(numbers) + 1) for number in numbers]
+
+
+DENSE = {"is_enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("distributed", "model", "message"),
+    [
+        ({"tp_size": 3}, {}, "tp_size: 3 does not divide model.n_heads=4"),
+        ({"tp_size": 4}, {"n_kv_heads": 2}, "tp_size: 4 does not divide model.n_kv_heads=2"),
+        ({"tp_size": 2}, {"vocab_size": 21}, "tp_size: 2 does not divide model.vocab_size=21"),
+        ({"tp_size": 2}, {"seq_len": 9}, "tp_size: 2 does not divide data.seq_len=9"),
+        (
+            {"tp_size": 2},
+            {"dim": 10, "ffn_dim_multiplier": 0.6, "multiple_of": 1},
+            "tp_size: 2 does not divide the feed-forward's hidden size=15",
+        ),
+        ({"tp_size": 2}, {"memory": {"mem_v_dim": 7}}, "tp_size: 2 does not divide the 7 columns of the value table"),
+        (
+            {"memory_parallel_size": 8},
+            {},
+            "memory_parallel_size: 8 does not divide the 12 columns of the value table",
+        ),
+        (
+            {"memory_parallel_size": 2},
+            {"memory": {"mem_v_dim": 7}},
+            "memory_parallel_size: 2 does not divide the 7 columns of the value table",
+        ),
+        ({"float8_recipe": "rowwise"}, {}, "float8_recipe: float8 needs a GPU of compute capability 8.9 or more"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sizes_that_do_not_fit_are_refused(distributed, model, message):
+    options = {"memory": None, "vocab_size": VOCABULARY, "seq_len": SEQ_LEN, **model}
+    vocabulary, seq_len = options.pop("vocab_size"), options.pop("seq_len")
+    with pytest.raises(ValueError, match=".") as caught:
+        validate_parallelism(DistributedArgs(**distributed), model_args(**options), vocabulary, seq_len, World(size=24))
+    assert str(caught.value).startswith(f"distributed.{message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("distributed", "model"),
+    [
+        ({"tp_size": 4}, {}),
+        ({"tp_size": 2}, {"n_kv_heads": 2}),
+        ({"tp_size": 2}, {"memory": {"mem_v_dim": 6}}),
+        ({"memory_parallel_size": 6}, {"dim": 12, "memory": {"peer_variant": True}}),
+        # without memories there is no table to split
+        ({"memory_parallel_size": 8}, {"memory": DENSE}),
+        ({"tp_size": 2}, {"memory": {"mem_v_dim": 7, **DENSE}}),
+    ],
+)
+def test_sizes_that_fit(distributed, model):
+    validate_parallelism(DistributedArgs(**distributed), model_args(**model), VOCABULARY, SEQ_LEN, World(size=24))
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+# Batches of a step, whatever the layout: rows, tokens and their successors.
+N_BATCHES, ROWS = 2, 4
+
+
+def some_batches() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (N_BATCHES, ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5))
+
+
+def gradients(args: LMTransformerArgs, **distributed: Any) -> dict[str, torch.Tensor]:
+    """Of one step with accumulation; each data-parallel rank takes its part of every batch."""
+    model, reducer = build(args, **distributed)
+    number, n_parts = data_rank(distributed_args(**distributed), here())
+    for count, batch in enumerate(some_batches(), start=1):
+        part = batch.chunk(n_parts)[number]
+        reducer.begin(last=count == N_BATCHES)
+        (model(part[:, :-1], part[:, 1:]) / N_BATCHES).backward()
+    reducer.finish()
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            assert parameter.grad.placements == parameter.placements
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def plain_gradients(args: LMTransformerArgs) -> dict[str, torch.Tensor]:
+    model = LMTransformer(args)
+    batch = some_batches().flatten(0, 1)
+    model(batch[:, :-1], batch[:, 1:]).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_gradients(layout: dict[str, Any]) -> None:
+    for name, args in MODELS.items():
+        expected = plain_gradients(args)
+        actual = gradients(args, **layout)
+        assert list(actual) == list(expected)
+        for key, grad in actual.items():
+            assert expected[key].any(), (name, key)
+            error = (grad - expected[key]).norm() / expected[key].norm()
+            assert error < 1e-5, (name, key, error.item())
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "layout"),
+    [pytest.param(n_ranks, layout, id=f"{n_ranks}-{layout}") for n_ranks in LAYOUTS for layout in LAYOUTS[n_ranks]],
+)
+def test_gradients_are_those_of_one_process(n_ranks, layout):
+    run_ranks(n_ranks, check_gradients, LAYOUTS[n_ranks][layout])
+
+
+# --- clipping ----------------------------------------------------------------------------------------------------------
+
+
+def draw_gradients(model: LMTransformer) -> None:
+    """Random ones, the same full ones in every layout; the tables' are small beside the others."""
+    torch.manual_seed(7)
+    kinds = split_parameters(model)
+    for parameter in (*kinds["dense"], *kinds["memory"], *kinds["values"]):
+        parameter.grad = torch.empty_like(parameter)
+        normal(parameter.grad, 0.1 if parameter in set(kinds["values"]) else 3.0)
+
+
+def check_norms(layouts: dict[str, dict[str, Any]], dtype: str) -> None:
+    for (name, args), (layout, distributed) in itertools.product(MODELS.items(), layouts.items()):
+        plain = LMTransformer(args)
+        if dtype == "bf16":
+            for memory in plain.memories().values():
+                for table in memory.tables:
+                    table.to(torch.bfloat16)
+        model, _ = build(args, **distributed, model_dtype=dtype)
+        for max_norm in (0.7, 1000.0):
+            draw_gradients(plain)
+            draw_gradients(model)
+            expected, actual = clip_gradients(plain, max_norm), clip_gradients(model, max_norm)
+            for ours, theirs in zip(actual, expected, strict=True):
+                assert ours.dtype == torch.float32
+                assert ours.item() == pytest.approx(theirs.item(), rel=1e-5), (name, layout)
+            of_plain = dict(plain.named_parameters())
+            for key, parameter in model.named_parameters():
+                clipped = whole(parameter.grad)
+                assert torch.allclose(clipped, of_plain[key].grad, rtol=1e-5 if dtype == "fp32" else 2**-7), key
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_norms_are_those_of_one_process(n_ranks, dtype):
+    """Of gradients that are whole, split over all ranks, over some of them in one or two dimensions, and all at once."""
+    layouts = LAYOUTS[n_ranks]
+    if dtype == "bf16":  # of the tables, which are split in three ways
+        layouts = {name: layouts[name] for name in ("full_shard", "tensor parallel", "memory parallel")}
+    run_ranks(n_ranks, check_norms, layouts, dtype)
+
+
+# --- activations computed again --------------------------------------------------------------------------------------
+
+RECOMPUTING = {
+    "kept": {},
+    "selective": {"selective_activation_checkpointing": True},
+    "each layer": {"checkpoint_each_layer": True},
+}
+
+
+def check_recomputing(layout: dict[str, Any]) -> None:
+    for args in MODELS.values():
+        kept, *others = (gradients(args, **layout, **recomputing) for recomputing in RECOMPUTING.values())
+        for other in others:
+            for name, grad in kept.items():
+                assert torch.equal(other[name], grad), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2])
+def test_recomputing_changes_no_gradient(layout):
+    run_ranks(2, check_recomputing, LAYOUTS[2][layout])
+
+
+def test_recomputing_changes_no_gradient_in_one_process():
+    check_recomputing({})
+
+
+class CountOperators(TorchDispatchMode):
+    """`aten` operators that run, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def operators_of_backward(recomputing: dict[str, Any], dtype: str) -> collections.Counter[str]:
+    model, _ = build(model_args(), **recomputing, model_dtype=dtype)
+    batch = some_batches()[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        loss = model(batch[:, :-1], batch[:, 1:])
+    with CountOperators() as running:
+        loss.backward()
+    return running.counts
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_computed_again(dtype):
+    """Selective: what is cheap. Each layer: the memory's search and lookup, products and attention too."""
+    kept, selective, each_layer = (operators_of_backward(options, dtype) for options in RECOMPUTING.values())
+    attention = {name for name in each_layer if name.startswith("_scaled_dot_product") and "backward" not in name}
+    assert len(attention) == 1
+    for name in ("topk", "_embedding_bag", "mm", *attention):
+        assert selective[name] == kept[name], name
+        assert each_layer[name] > kept[name], name
+    for name in ("silu", "rsqrt"):
+        assert kept[name] == 0
+        assert selective[name] == each_layer[name] > 0
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------------
+
+
+def check_one_graph(layout: dict[str, Any], recomputing: str) -> None:
+    """Compiles as `distributed.compile` does, but for a graph break or a second graph being an error."""
+    args, options = model_args(), {**layout, **RECOMPUTING[recomputing]}
+    expected = gradients(args, **options)
+    plain_compile, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch.compile = functools.partial(plain_compile, fullgraph=True, backend=backend)
+    try:
+        actual = gradients(args, **options, compile=True)
+    finally:
+        torch.compile = plain_compile
+    assert len(graphs) == args.n_layers
+    for name, grad in actual.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("recomputing", RECOMPUTING)
+@pytest.mark.parametrize(("n_ranks", "layout"), [(1, {}), (2, LAYOUTS[2]["memory parallel"])], ids=["alone", "memory"])
+def test_a_block_compiles_into_one_graph(n_ranks, layout, recomputing):
+    run_ranks(n_ranks, check_one_graph, layout, recomputing)
