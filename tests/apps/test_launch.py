@@ -2,10 +2,12 @@
 
 import re
 import signal
+import socket
 
 import psutil
 import pytest
 from training import (
+    Training,
     finish_command,
     free_port,
     last_step,
@@ -137,6 +139,24 @@ def test_lost_rank_within_a_step(run, start_group, tmp_path, layout, ending):
     second.kill(ending)
     assert_tells(first, "rank 1")
     assert {line["global_step"] for line in read_metrics(tmp_path / "run")} == {0}
+
+
+def test_ended_while_it_waits_for_the_others(run, tmp_path):
+    """As torchrun ends those that have come, where one of them could not; else it would wait for them, too."""
+    port = free_port()
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = Training(run(), tmp_path, **launch)
+    assert rank.wait_for(lambda: is_open(port))
+    rank.kill(signal.SIGTERM)
+    result = rank.finish()
+    assert result.code != 0
+    assert result.err == ""
+    assert not (tmp_path / "run").exists()
+
+
+def is_open(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def assert_tells(rank, named):

@@ -105,7 +105,7 @@ def test_training_goes_on_meanwhile(start_group, whole, tmp_path, n_ranks):
 
 def test_split_model(start_group, tiny, tmp_path):
     """Each rank copies its parts of the tensors."""
-    layout = ["distributed.fsdp_type=full_shard", "distributed.memory_parallel_size=2", "steps=12"]
+    layout = ["distributed.fsdp_type=full_shard", "distributed.memory_parallel_size=2", "steps=7"]
     argv = [f"config={tiny}", f"dump_dir={tmp_path / 'waiting'}", *layout]
     for rank in start_ranks(2, argv, tmp_path):
         rank.finish().ok()
@@ -114,9 +114,11 @@ def test_split_model(start_group, tiny, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "waiting")
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_killed_while_writing(start_group, whole, tmp_path, n_ranks):
-    for moment, step in (("tensors", 5), ("contents", 10), ("renaming", 15)):
+@pytest.mark.parametrize(
+    ("n_ranks", "kills"), [(1, [("tensors", 5), ("contents", 10), ("renaming", 15)]), (2, [("tensors", 10)])]
+)
+def test_killed_while_writing(start_group, whole, tmp_path, n_ranks, kills):
+    for moment, step in kills:
         hold = hold_at(tmp_path, moment, step)
         ranks = start_group(n_ranks, hold=hold)
         assert ranks[0].wait_for(hold.is_reached)
@@ -124,11 +126,10 @@ def test_killed_while_writing(start_group, whole, tmp_path, n_ranks):
             rank.kill()
         for rank in ranks:
             rank.finish()
-        older = list(range(5, step, 5))
-        assert whole_steps(tmp_path / "run") == older
-        assert os.listdir(tmp_path / "run" / "checkpoints").count(f".{step:010d}.tmp") == 1
+        assert whole_steps(tmp_path / "run") == list(range(5, step, 5))
+        assert f".{step:010d}.tmp" in os.listdir(tmp_path / "run" / "checkpoints")
     results = [rank.finish().ok() for rank in start_group(n_ranks)]
-    assert f"starting at step {older[-1]} of {STEPS}" in results[0].out
+    assert f"starting at step {step - 5} of {STEPS}" in results[0].out
     assert_same_run(tmp_path / "run", whole[n_ranks])
 
 

@@ -233,7 +233,8 @@ def check_models(n_ranks: int) -> None:
         assert list(weights) == list(expected)
         for name, weight in weights.items():
             is_half = dtype == "bf16" and ".values" in name
-            assert torch.equal(weight, expected[name].bfloat16() if is_half else expected[name]), (layout, model_name, name)
+            wanted = expected[name].bfloat16() if is_half else expected[name]
+            assert torch.equal(weight, wanted), (layout, model_name, name)
         assert torch.equal(model.rope_embeddings.table, alone.rope_embeddings.table)
 
 

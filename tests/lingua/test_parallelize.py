@@ -182,7 +182,7 @@ def test_gradients_are_those_of_one_process(n_ranks, layout):
     run_ranks(n_ranks, check_gradients, LAYOUTS[n_ranks][layout])
 
 
-# --- clipping ----------------------------------------------------------------------------------------------------------
+# --- clipping --------------------------------------------------------------------------------------------------------
 
 
 def draw_gradients(model: LMTransformer) -> None:
@@ -218,7 +218,7 @@ def check_norms(layouts: dict[str, dict[str, Any]], dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_norms_are_those_of_one_process(n_ranks, dtype):
-    """Of gradients that are whole, split over all ranks, over some of them in one or two dimensions, and all at once."""
+    """Of gradients that are whole, split over all ranks, over some in one or two dimensions, and all at once."""
     layouts = LAYOUTS[n_ranks]
     if dtype == "bf16":  # of the tables, which are split in three ways
         layouts = {name: layouts[name] for name in ("full_shard", "tensor parallel", "memory parallel")}
@@ -287,7 +287,7 @@ def test_what_is_computed_again(dtype):
         assert selective[name] == each_layer[name] > 0
 
 
-# --- compiling ---------------------------------------------------------------------------------------------------------
+# --- compiling -------------------------------------------------------------------------------------------------------
 
 
 def check_one_graph(layout: dict[str, Any], recomputing: str) -> None:
