@@ -122,14 +122,21 @@ def parallelize(model: BaseTransformer, args: DistributedArgs, world: World) -> 
         for memory in model.memories().values():
             for table in memory.own_tables:
                 parallelize_module(table, split_over, ColwiseEmbeddingBag())
+    by_rows = shard > 1 and split_over is None
     for block in model.layers:
-        if args.checkpoint_each_layer or args.selective_activation_checkpointing:
-            _recompute(block, everything=args.checkpoint_each_layer)
+        # FSDP's gathering of a table in the midst of a block does not go with a choice of what to keep.
+        gathers = by_rows and isinstance(block.feed_forward, HashingMemory)
+        everything = args.checkpoint_each_layer or (args.selective_activation_checkpointing and gathers)
+        # Which results to keep is the compiler's to know; a whole block is computed again around it, since torch 2.13
+        # cannot compile that where parameters are DTensors.
+        if args.selective_activation_checkpointing and not everything:
+            _recompute(block, everything=False)
         if args.compile:
             block.forward = torch.compile(block.forward)
+        if everything:
+            _recompute(block, everything=True)
     if args.compile:
         torch._dynamo.config.cache_size_limit = args.compile_cache_size_limit
-    by_rows = shard > 1 and split_over is None
     if data_ranks > 1:
         _shard(model, meshes.data, args, by_rows)
     return GradientReducer(model, meshes, data_ranks, by_rows)

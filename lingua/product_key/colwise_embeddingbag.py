@@ -12,12 +12,13 @@ and the gradients go the same way back ("Memory Layers at Scale", section 3.2). 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import all_to_all_single
+from torch.distributed._functional_collectives import all_gather_tensor, all_to_all_single, reduce_scatter_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from lingua.initialize import normal
@@ -64,64 +65,82 @@ class ColwiseEmbeddingBag(ParallelStyle):
         placements = [Replicate()] * (device_mesh.ndim - 1) + [Shard(1)]
         split = DTensor.from_local(own, device_mesh, placements, run_check=False, shape=(size, dim), stride=(dim, 1))
         module.weight = nn.Parameter(split)
-        group = device_mesh[device_mesh.mesh_dim_names[-1]] if device_mesh.ndim > 1 else device_mesh
+        group = _Group(device_mesh.get_group(device_mesh.ndim - 1).group_name, n_ranks)
         forward = _products_by_columns if isinstance(module, SlotProducts) else _sums_by_columns
         module.forward = functools.partial(forward, module, group)
         return module
 
 
+class _Group(NamedTuple):
+    """A group of ranks as the compiler likes it: by its name."""
+
+    name: str
+    size: int
+
+
 def _sums_by_columns(
-    table: xFormerEmbeddingBag, group: DeviceMesh, indices: torch.Tensor, scores: torch.Tensor
+    table: xFormerEmbeddingBag, group: _Group, indices: torch.Tensor, scores: torch.Tensor
 ) -> torch.Tensor:
     weight = table.weight.to_local()
     # In the table's type, to which the lookup rounds them anyway: half as many bytes to send where that is bf16.
-    columns = xformers_embedding_bag(
-        _gather(_narrow(indices, len(weight)), group), weight, _gather(scores.to(weight.dtype), group)
-    )
-    return _Exchange.apply(columns, group, True)
+    scores = _Gather.apply(scores.to(weight.dtype), group.name)
+    columns = xformers_embedding_bag(_gather_slots(indices, len(weight), group), weight, scores)
+    return _Exchange.apply(columns, group.name, group.size, True)
 
 
-def _products_by_columns(
-    table: SlotProducts, group: DeviceMesh, indices: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
+def _products_by_columns(table: SlotProducts, group: _Group, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     weight = table.weight.to_local()
-    own_columns = _Exchange.apply(x, group, False)
-    products = slot_products(_gather(_narrow(indices, len(weight)), group), weight, own_columns)
+    own_columns = _Exchange.apply(x, group.name, group.size, False)
+    products = slot_products(_gather_slots(indices, len(weight), group), weight, own_columns)
     # Each rank's are of its columns alone: summed, every rank getting its own tokens'.
-    return (
-        DTensor.from_local(products, group, [Partial()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
-    )
+    return _SumAndSplit.apply(products, group.name)
 
 
-def _narrow(indices: torch.Tensor, n_slots: int) -> torch.Tensor:
+def _gather_slots(indices: torch.Tensor, n_slots: int, group: _Group) -> torch.Tensor:
     """As int32 where all slots fit: half the bytes."""
-    return indices.to(torch.int32) if n_slots <= 2**31 else indices
+    return all_gather_tensor(indices.to(torch.int32) if n_slots <= 2**31 else indices, 0, group.name)
 
 
-def _gather(mine: torch.Tensor, group: DeviceMesh) -> torch.Tensor:
+class _Gather(torch.autograd.Function):
     """All ranks' rows, (N, ...) -> (m * N, ...); their gradient is summed over the group and split again."""
-    whole = DTensor.from_local(mine, group, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
-    return whole.to_local(grad_placements=[Partial()])
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all between columns of all tokens, (m * N, dim / m), and whole rows of the own ones, (N, dim).
-
-    DTensor's own redistribution would do, but gathers everything everywhere on CPUs.
-    """
 
     @staticmethod
-    def forward(ctx, tensor, group: DeviceMesh, to_rows: bool):
-        ctx.group, ctx.to_rows = group, to_rows
-        return _exchange(tensor, group, to_rows)
+    def forward(ctx, mine, name: str):
+        ctx.name = name
+        return all_gather_tensor(mine.contiguous(), 0, name)
 
     @staticmethod
     def backward(ctx, grad):
-        return _exchange(grad, ctx.group, not ctx.to_rows), None, None
+        return reduce_scatter_tensor(grad.contiguous(), "sum", 0, ctx.name), None
 
 
-def _exchange(tensor: torch.Tensor, group: DeviceMesh, to_rows: bool) -> torch.Tensor:
-    m = group.size()
-    parts = tensor.unflatten(0, (m, -1)) if to_rows else tensor.unflatten(1, (m, -1)).transpose(0, 1)
-    received = all_to_all_single(parts.contiguous(), None, None, group)
+class _SumAndSplit(torch.autograd.Function):
+    """The other way round: (m * N, ...) -> (N, ...)."""
+
+    @staticmethod
+    def forward(ctx, parts, name: str):
+        ctx.name = name
+        return reduce_scatter_tensor(parts.contiguous(), "sum", 0, name)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather_tensor(grad.contiguous(), 0, ctx.name), None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all between columns of all tokens, (m * N, dim / m), and whole rows of the own ones, (N, dim)."""
+
+    @staticmethod
+    def forward(ctx, tensor, name: str, size: int, to_rows: bool):
+        ctx.group, ctx.to_rows = (name, size), to_rows
+        return _exchange(tensor, name, size, to_rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange(grad, *ctx.group, not ctx.to_rows), None, None, None
+
+
+def _exchange(tensor: torch.Tensor, name: str, size: int, to_rows: bool) -> torch.Tensor:
+    parts = tensor.unflatten(0, (size, -1)) if to_rows else tensor.unflatten(1, (size, -1)).transpose(0, 1)
+    received = all_to_all_single(parts.contiguous(), None, None, name)
     return received.transpose(0, 1).flatten(1) if to_rows else received.flatten(0, 1)

@@ -17,7 +17,7 @@ ASYNC = "checkpoint.save_async=true"
 STEPS = 20
 
 # Where in the writing of a step's checkpoint a run can be held up.
-MOMENTS = {"tensors": ("open", "/__0"), "contents": ("open", r"/\.metadata"), "renaming": ("os.rename", "$")}
+MOMENTS = {"tensors": ("open", "/__"), "contents": ("open", r"/\.metadata"), "renaming": ("os.rename", "$")}
 
 
 @pytest.fixture

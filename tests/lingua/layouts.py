@@ -71,15 +71,24 @@ def build(args: LMTransformerArgs, **distributed: Any) -> tuple[LMTransformer, G
     layout = distributed_args(**distributed)
     validate_parallelism(layout, args, args.vocab_size, args.max_seqlen, here())
     with torch.device("meta"):
-        model = LMTransformer(args)
-    if layout.model_dtype == "bf16":
-        for memory in model.memories().values():
-            for table in memory.tables:
-                table.to(torch.bfloat16)
+        model = _with_tables_of_type(LMTransformer(args), layout.model_dtype)
     reducer = parallelize(model, layout, here())
     model.to_empty(device="cpu")
     model.init_weights()
     return model, reducer
+
+
+def build_alone(args: LMTransformerArgs, model_dtype: str = "fp32") -> LMTransformer:
+    """The model of one process, to compare with."""
+    return _with_tables_of_type(LMTransformer(args), model_dtype)
+
+
+def _with_tables_of_type(model: LMTransformer, model_dtype: str) -> LMTransformer:
+    if model_dtype == "bf16":
+        for memory in model.memories().values():
+            for table in memory.tables:
+                table.to(torch.bfloat16)
+    return model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, model_args, whole
+from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, build_alone, distributed_args, here, model_args, whole
 from ranks import run_ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.tensor import DTensor
@@ -194,35 +194,28 @@ def draw_gradients(model: LMTransformer) -> None:
         normal(parameter.grad, 0.1 if parameter in set(kinds["values"]) else 3.0)
 
 
-def check_norms(layouts: dict[str, dict[str, Any]], dtype: str) -> None:
-    for (name, args), (layout, distributed) in itertools.product(MODELS.items(), layouts.items()):
-        plain = LMTransformer(args)
-        if dtype == "bf16":
-            for memory in plain.memories().values():
-                for table in memory.tables:
-                    table.to(torch.bfloat16)
-        model, _ = build(args, **distributed, model_dtype=dtype)
-        for max_norm in (0.7, 1000.0):
-            draw_gradients(plain)
-            draw_gradients(model)
-            expected, actual = clip_gradients(plain, max_norm), clip_gradients(model, max_norm)
-            for ours, theirs in zip(actual, expected, strict=True):
-                assert ours.dtype == torch.float32
-                assert ours.item() == pytest.approx(theirs.item(), rel=1e-5), (name, layout)
-            of_plain = dict(plain.named_parameters())
-            for key, parameter in model.named_parameters():
-                clipped = whole(parameter.grad)
-                assert torch.allclose(clipped, of_plain[key].grad, rtol=1e-5 if dtype == "fp32" else 2**-7), key
+def check_norms(layouts: dict[str, dict[str, Any]]) -> None:
+    args = MODELS["one table"]
+    plain = build_alone(args, model_dtype="bf16")
+    tables = set(split_parameters(plain)["values"])
+    for (layout, distributed), max_norm in itertools.product(layouts.items(), (0.7, 1000.0)):
+        model, _ = build(args, **distributed, model_dtype="bf16")
+        draw_gradients(plain)
+        draw_gradients(model)
+        expected, actual = clip_gradients(plain, max_norm), clip_gradients(model, max_norm)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert ours.item() == pytest.approx(theirs.item(), rel=1e-5), layout
+        clipped = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+        for name, parameter in plain.named_parameters():
+            tolerance = 2**-7 if parameter in tables else 1e-5
+            assert torch.allclose(clipped[name], parameter.grad, rtol=tolerance), (layout, name)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_norms_are_those_of_one_process(n_ranks, dtype):
-    """Of gradients that are whole, split over all ranks, over some in one or two dimensions, and all at once."""
-    layouts = LAYOUTS[n_ranks]
-    if dtype == "bf16":  # of the tables, which are split in three ways
-        layouts = {name: layouts[name] for name in ("full_shard", "tensor parallel", "memory parallel")}
-    run_ranks(n_ranks, check_norms, layouts, dtype)
+def test_norms_are_those_of_one_process(n_ranks):
+    """Of gradients that are whole, split over all ranks, over some of them, in one or two dimensions, in bf16."""
+    run_ranks(n_ranks, check_norms, LAYOUTS[n_ranks])
 
 
 # --- activations computed again --------------------------------------------------------------------------------------
@@ -289,11 +282,14 @@ def test_what_is_computed_again(dtype):
 
 # --- compiling -------------------------------------------------------------------------------------------------------
 
+# The first memory owns the table that the second one reads.
+TWO_MEMORIES = model_args({"layers": "0,1"}, n_layers=2)
+
 
 def check_one_graph(layout: dict[str, Any], recomputing: str) -> None:
-    """Compiles as `distributed.compile` does, but for a graph break or a second graph being an error."""
-    args, options = model_args(), {**layout, **RECOMPUTING[recomputing]}
-    expected = gradients(args, **options)
+    """Compiles as `distributed.compile` does, but for a graph break being an error, and without generating code."""
+    options = {**layout, **RECOMPUTING[recomputing]}
+    expected = gradients(TWO_MEMORIES, **options)
     plain_compile, graphs = torch.compile, []
 
     def backend(graph, inputs):
@@ -302,15 +298,18 @@ def check_one_graph(layout: dict[str, Any], recomputing: str) -> None:
 
     torch.compile = functools.partial(plain_compile, fullgraph=True, backend=backend)
     try:
-        actual = gradients(args, **options, compile=True)
+        actual = gradients(TWO_MEMORIES, **options, compile=True)
     finally:
         torch.compile = plain_compile
-    assert len(graphs) == args.n_layers
+    assert len(graphs) == TWO_MEMORIES.n_layers
     for name, grad in actual.items():
         assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("recomputing", RECOMPUTING)
-@pytest.mark.parametrize(("n_ranks", "layout"), [(1, {}), (2, LAYOUTS[2]["memory parallel"])], ids=["alone", "memory"])
-def test_a_block_compiles_into_one_graph(n_ranks, layout, recomputing):
-    run_ranks(n_ranks, check_one_graph, layout, recomputing)
+@pytest.mark.parametrize("layout", [None, "memory parallel", "tensor parallel"])
+def test_a_block_compiles_into_one_graph(layout, recomputing):
+    if layout is None:
+        run_ranks(1, check_one_graph, {}, recomputing)
+    else:
+        run_ranks(2, check_one_graph, LAYOUTS[2][layout], recomputing)
