@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,15 @@ class CheckpointManager:
     """The checkpoints of one run. Its methods are called by all ranks together.
 
     Args:
+        timeout: seconds without an answer from another rank after which saving in the background fails.
         data_rank: the number under which this rank writes its training state, None where another rank writes the same.
     """
 
-    def __init__(self, args: CheckpointArgs, path: Path, rank: int = 0, data_rank: int | None = 0):
+    def __init__(self, args: CheckpointArgs, path: Path, rank: int = 0, data_rank: int | None = 0, timeout: int = 600):
         self.args = args
         self.path = path
         self.rank, self.data_rank = rank, data_rank
+        self.timeout = timedelta(seconds=timeout)
         self._group: dist.ProcessGroup | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
@@ -118,8 +121,10 @@ class CheckpointManager:
         final, beside = self._places(step)
         with self._whole_or_not_at_all(step):
             self._on_first_rank(lambda: self._make_room(beside))
+            # On its own: a rank that fails here must not leave the others in what all of them write together.
             with together():
                 self._write_json_files(beside, train_state, config)
+            with together():
                 state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
                 if self.args.save_async:
                     self._pending = (step, self._write_later(step, state))
@@ -181,7 +186,7 @@ class CheckpointManager:
         """Copies the state, then writes and puts it in its place behind the training's back."""
         if dist.is_initialized() and self._group is None:
             # Of its own: what ranks tell each other about files must not get between training's collectives.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         beside = self._places(step)[1]
         with _errors_of_writing(beside), _without_warnings():
             writing = dcp.async_save(

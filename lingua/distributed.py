@@ -146,6 +146,10 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
             f"distributed.memory_parallel_size: {args.memory_parallel_size} with tp_size={args.tp_size}; set one of "
             "them to 1 (tensor parallelism splits the value table over its own ranks)"
         )
+    if args.compile and args.tp_size > 1:
+        raise ValueError(
+            f"distributed.compile: true with tp_size={args.tp_size}, which torch cannot compile; set compile=false"
+        )
     if args.dp_shard > 1 and args.fsdp_type == "no_shard":
         raise ValueError(
             f"distributed.fsdp_type: no_shard with dp_shard={args.dp_shard}; set full_shard, or dp_shard=1"
@@ -267,8 +271,11 @@ def set_group_timeout(groups: list[dist.ProcessGroup], seconds: int) -> None:
 
 def _is_of_a_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed since another rank is gone, or did not answer in time."""
-    # gloo has no exception of its own; its messages name the place in its sources.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    # gloo has no exception of its own; its messages name the place in its sources, or the connection.
+    signs = ("gloo/", "Application timeout", "pair closure")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def _ranks_without_a_sign() -> str:

@@ -166,6 +166,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> tuple[torch.Tensor, tor
 @torch.no_grad()
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
     norm = _total_norm(gradients, local)
     # The small term is torch's, against a division by zero.

@@ -242,7 +242,11 @@ class Run:
         # The ranks of a tensor-parallel group are at the same place in the data: the first of them writes it down.
         writes = world.rank % args.distributed.tp_size == 0
         self.checkpoints = CheckpointManager(
-            args.checkpoint, Path(path), world.rank, self.data_rank if writes else None
+            args.checkpoint,
+            Path(path),
+            world.rank,
+            self.data_rank if writes else None,
+            args.distributed.timeout,
         )
         self.model = build_model(args)
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
@@ -467,7 +471,12 @@ def train(args: TrainArgs) -> None:
         with together():
             stack.enter_context(open_logs(run))
         logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
-        train_steps(run, batches, stop_signal)
+        try:
+            train_steps(run, batches, stop_signal)
+        except (ValueError, OSError, SystemExit):
+            # All ranks leave here together: what is being written in the background is brought to its end first.
+            run.checkpoints.finish()
+            raise
 
 
 def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:
@@ -483,7 +492,6 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         # All ranks hear of it, and stop at the same step.
         failing, stopping = any_rank(error is not None, stop_signal.name is not None)
         if failing:
-            run.checkpoints.finish()
             with together():
                 if error is not None:
                     raise error
