@@ -517,6 +517,7 @@ LAYOUTS = [
     (4, {"tp_size": 2, "memory_parallel_size": 2}, [], ["distributed.memory_parallel_size", "tp_size=2"]),
     (2, {"dp_shard": 2}, [], ["distributed.fsdp_type", "no_shard", "dp_shard=2"]),
     (2, {"dp_shard": 2, "fsdp_type": "no_shard"}, [], ["distributed.fsdp_type", "no_shard", "dp_shard=2"]),
+    (2, {"tp_size": 2, "compile": "true"}, [], ["distributed.compile", "tp_size=2"]),
     (2, {"float8_recipe": "rowwise"}, [], ["distributed.float8_recipe", "GPU", "a CPU"]),
     # out of range
     *((2, {name: 0}, [], [f"distributed.{name}", "0"]) for name in SIZES),
