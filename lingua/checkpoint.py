@@ -43,7 +43,7 @@ from torch.optim import Optimizer
 
 from lingua.args import first_line
 from lingua.data import redistribute_state
-from lingua.distributed import together
+from lingua.distributed import from_first_rank, is_of_a_lost_rank, local_part, together
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,8 @@ class CheckpointManager:
                     self._write(beside, state)
             if not self.args.save_async:
                 self._on_first_rank(lambda: self._put_in_place(step))
-        if not self.args.save_async:
-            self._on_first_rank(lambda: self._retain(newest=step))
+        if self.rank == 0 and not self.args.save_async:
+            self._retain(newest=step)
         return final
 
     def finish(self) -> None:
@@ -220,7 +220,10 @@ class CheckpointManager:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _retain(self, newest: int) -> None:
-        """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds."""
+        """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds.
+
+        One that cannot be removed is no reason to end a run: it stays, with a warning.
+        """
         steps = [int(folder.name) for folder in list_checkpoints(self.path) if int(folder.name) <= newest]
         evals = [step for step in steps if self.args.eval.is_due(step)]
         dumps = [step for step in steps if self.args.dump.is_due(step) or step not in evals]
@@ -230,8 +233,11 @@ class CheckpointManager:
         for step in set(steps) - kept:
             # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
             doomed = self.path / f".{step:010d}.old"
-            (self.path / f"{step:010d}").rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                (self.path / f"{step:010d}").rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("the old checkpoint of step %s could not be removed: %s", step, error)
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         with together():
@@ -285,12 +291,12 @@ def find_damaged_json(folder: Path) -> str | None:
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Takes model and optimizer state from a distributed checkpoint, in place.
+    """Takes model and optimizer state from a distributed checkpoint, in place. All ranks call it together.
 
     The options of the optimizer's groups (learning rates, weight decay, ...) stay those of the config.
-    Raises ValueError for a damaged checkpoint or one of another shape, naming key and shapes.
+    Raises ValueError for a damaged checkpoint or one of another shape, naming key and shapes; on one rank where it is
+    wrong for that one alone, and the others leave (`together`).
     """
-    _refuse_damaged(folder)
     model_state = get_model_state_dict(model)
     optimizer_state = get_optimizer_state_dict(model, optimizer)
     _read_distributed(folder, {"model": model_state, "optim": {"state": optimizer_state["state"]}}, model)
@@ -301,21 +307,23 @@ def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 def load_model(path: Path, model: nn.Module) -> None:
     """Takes the weights alone from a distributed checkpoint, or a consolidated one (file, folder, or the folder above).
 
-    Raises ValueError as `load_training`, and where there is no checkpoint.
+    All ranks call it together. Raises ValueError as `load_training`, and where there is no checkpoint.
     """
-    file = find_consolidated(path)
-    if file is not None:
+    with together():
+        found = find_consolidated(path)
+        if found is None and not (path / ".metadata").is_file():
+            raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
+    file = from_first_rank(found)
+    if file is None:
+        state = get_model_state_dict(model)
+        _read_distributed(path, {"model": state}, model)
+        set_model_state_dict(model, state)
+        return
+    with together():
         try:
             model.load_state_dict(_split_like(model, read_consolidated(file)))
         except RuntimeError as error:
             raise ValueError(f"{file}: {_first_mismatch(error)}") from None
-    elif (path / ".metadata").is_file():
-        _refuse_damaged(path)
-        state = get_model_state_dict(model)
-        _read_distributed(path, {"model": state}, model)
-        set_model_state_dict(model, state)
-    else:
-        raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
 
 
 def _split_like(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -408,7 +416,8 @@ def read_consolidated(file: Path) -> dict[str, torch.Tensor]:
 def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
     """Gathers the model of a distributed checkpoint into `ckpt_dir/consolidated`, once; returns that folder.
 
-    Raises ValueError for what is no whole distributed checkpoint.
+    Where there are several ranks, one of them calls it, in whose memory the whole model must fit. Raises ValueError for
+    what is no whole distributed checkpoint.
     """
     source, folder = Path(ckpt_dir), Path(ckpt_dir) / CONSOLIDATED_FOLDER
     if (folder / CONSOLIDATED_FILE).is_file():
@@ -420,7 +429,7 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
         for key, entry in stored.items()
         if key.startswith("model.")
     }
-    _read_distributed(source, {"model": state})
+    _fill(source, {"model": state}, alone=True)
     beside = source / f".{CONSOLIDATED_FOLDER}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -441,48 +450,73 @@ def _refuse_damaged(folder: Path) -> None:
         raise ValueError(f"{folder}: not a whole distributed checkpoint; {problem}")
 
 
-def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module | None = None) -> None:
-    """Fills the tensors of `state` from the folder. With a model, the folder must not hold parameters that it lacks."""
-    found, wanted = _stored_tensors(read_metadata(folder)), _flatten(state)
-    for key, tensor in wanted.items():
-        if key in found and tensor.shape != found[key].size:
+def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> None:
+    """Fills the tensors of `state` from the folder, which must not hold parameters that the model lacks."""
+    wanted = _flatten(state)
+    # All that a rank can find wrong by itself comes before what ranks do for each other.
+    with together():
+        _refuse_damaged(folder)
+        found = _stored_tensors(read_metadata(folder))
+        for key, tensor in wanted.items():
+            if key in found and tensor.shape != found[key].size:
+                raise ValueError(
+                    f"{folder}: {key} has shape {list(found[key].size)}, this model's has {list(tensor.shape)}"
+                )
+        missing = sorted(wanted.keys() - found.keys())
+        if missing:
             raise ValueError(
-                f"{folder}: {key} has shape {list(found[key].size)}, this model's has {list(tensor.shape)}"
+                f"{folder}: the checkpoint lacks {_some(missing)}; is it of a model with other `model` settings?"
             )
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"{folder}: the checkpoint lacks {some}; is it of a model with other `model` settings?")
-    if model is not None:
-        _refuse_surplus(folder, found, wanted, model)
-    _fill(folder, state)
+        repeated = _refuse_surplus(folder, found, wanted, model)
+    with together():
+        _fill(folder, state)
+    # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model
+    # finds out where it is given them beside what has their shape. Each rank compares the part that it holds.
+    for name in repeated:
+        alike = [key for key in wanted if key.startswith("model.") and wanted[key].shape == found[name].size]
+        tensors = {
+            key: torch.empty_like(wanted[alike[0]].detach(), dtype=found[key].properties.dtype)
+            for key in (name, *alike)
+        }
+        with together():
+            _fill(folder, tensors)
+        with together():
+            model.canonicalize({key.removeprefix("model."): local_part(tensor) for key, tensor in tensors.items()})
 
 
-def _fill(folder: Path, state: dict[str, Any]) -> None:
+def _fill(folder: Path, state: dict[str, Any], alone: bool = False) -> None:
+    """`alone`: on this rank, whatever the others do."""
+    no_dist = alone or not dist.is_initialized()
     try:
         with _without_warnings():
-            dcp.load(state, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=no_dist)
     except (Exception, CheckpointException) as error:
+        if is_of_a_lost_rank(error):
+            raise
         raise ValueError(f"{folder}: cannot be read; its files are damaged ({_root_cause(error)[:200]})") from None
 
 
-def _refuse_surplus(folder: Path, found: dict[str, Any], wanted: dict[str, Any], model: nn.Module) -> None:
-    """Raises ValueError for parameters in the folder that the model neither has nor knows as another's other name."""
+def _refuse_surplus(
+    folder: Path, found: dict[str, TensorStorageMetadata], wanted: dict[str, torch.Tensor], model: nn.Module
+) -> list[str]:
+    """Raises ValueError for parameters in the folder that the model neither has nor knows as another's other name.
+
+    Returns the keys that it knows as such.
+    """
     stored = {key.removeprefix("model."): entry for key, entry in found.items() if key.startswith("model.")}
     kept = {key: torch.empty(entry.size, device="meta") for key, entry in stored.items()}
     if hasattr(model, "canonicalize"):
         model.canonicalize(kept)
     surplus = sorted(key for key in kept if f"model.{key}" not in wanted)
     if surplus:
-        some = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if len(surplus) > 3 else "")
-        raise ValueError(f"{folder}: the checkpoint has {some}, which this model lacks; check the `model` settings")
-    # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model
-    # finds out where it is given them beside what has their shape.
-    for name in sorted(stored.keys() - kept.keys()):
-        alike = [key for key in kept if kept[key].shape == stored[name].size]
-        tensors = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in (name, *alike)}
-        _fill(folder, {"model": tensors})
-        model.canonicalize(tensors)
+        raise ValueError(
+            f"{folder}: the checkpoint has {_some(surplus)}, which this model lacks; check the `model` settings"
+        )
+    return [f"model.{name}" for name in sorted(stored.keys() - kept.keys())]
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _stored_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -6,19 +6,24 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from lingua.args import looks_secret
+from lingua.args import first_line, looks_secret
 
 T = TypeVar("T")
 
@@ -29,6 +34,9 @@ PATIENCE_WITH_FIRST_RANK = 10
 
 # Seconds that a rank which finds another one lost gives the others to find so too.
 PATIENCE_WITH_OTHER_RANKS = 3
+
+# Set by torchrun to "True" where its agent keeps a store for the ranks.
+AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -187,10 +195,50 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
         return
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        try:
+            # None: torch makes one out of MASTER_ADDR and MASTER_PORT.
+            store = _store_of_this_start(world, timeout) if os.environ.get(AGENTS_STORE) == "True" else None
+            dist.init_process_group(backend, timeout=limit, store=store, rank=world.rank, world_size=world.size)
+        except RuntimeError as error:
+            if not is_of_a_lost_rank(error):
+                raise
+            raise OSError(
+                f"the {world.size} ranks have not met within {timeout} s (distributed.timeout); did all of them start? "
+                f"({first_line(error)[:300]})"
+            ) from None
     yield
     # Nobody leaves before all are done: the first rank keeps the store that others may still ask.
     reduce_sum([0.0])
+
+
+def _store_of_this_start(world: World, timeout: int) -> dist.Store:
+    """Where the ranks tell each other their addresses: a new store, kept by the first rank.
+
+    torchrun offers one that its agent keeps, in which, after a restart, the addresses of the dead ranks still stand
+    (torch 2.13): a rank that is faster than another takes the old one's, and both wait in vain. So it serves here for
+    nothing but the new store's own address. That of a store which died with its rank answers nobody, and is read again.
+    """
+    host, limit = os.environ["MASTER_ADDR"], timedelta(seconds=timeout)
+    agents = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+    if world.rank == 0:
+        store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False, timeout=limit)
+        name = uuid.uuid4().hex
+        store.set(name, "")
+        agents.set("lingua/store", f"{store.port} {name}")
+        return store
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        port, name = agents.get("lingua/store").decode().split()
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+            if store.check([name]):
+                return store
+        except (OSError, dist.DistError):
+            pass
+        time.sleep(0.1)
+    raise dist.DistError("the first rank does not answer")
 
 
 def set_environment(variables: dict[str, str]) -> None:
@@ -212,6 +260,11 @@ def validate_environment(variables: dict[str, str]) -> None:
             raise ValueError(
                 f"env.{name}: looks like a secret, and the config is saved in dump_dir; export it in the shell"
             )
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, which may be split over ranks."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # --- reductions ----------------------------------------------------------------------------------------------------
@@ -269,7 +322,7 @@ def set_group_timeout(groups: list[dist.ProcessGroup], seconds: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def _is_of_a_lost_rank(error: BaseException) -> bool:
+def is_of_a_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed since another rank is gone, or did not answer in time."""
     # gloo has no exception of its own; its messages name the place in its sources, or the connection.
     signs = ("gloo/", "Application timeout", "pair closure")
@@ -280,14 +333,43 @@ def _is_of_a_lost_rank(error: BaseException) -> bool:
 
 def _ranks_without_a_sign() -> str:
     """Which ranks have not found by now, as this one has, that one is lost: it is among them."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"lost/{dist.get_rank()}", "")
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+
+    def ask() -> list[int]:
+        store.set(f"lost/{rank}", "")
         time.sleep(PATIENCE_WITH_OTHER_RANKS)
-        missing = [rank for rank in range(dist.get_world_size()) if not store.check([f"lost/{rank}"])]
-    except RuntimeError:  # the store was kept by the rank that is lost
-        return "another rank"
+        missing = [other for other in range(size) if not store.check([f"lost/{other}"])]
+        n_done = store.add("lost/done", 1)
+        # The first rank keeps the store, so it leaves last.
+        deadline = time.monotonic() + PATIENCE_WITH_OTHER_RANKS
+        while rank == 0 and n_done < size - len(missing) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            n_done = store.add("lost/done", 0)
+        return missing
+
+    # In a thread of its own, since the store may be kept by a rank that hangs: asking it has no time limit.
+    with _silent_stderr():
+        asking = ThreadPoolExecutor(max_workers=1).submit(ask)
+        try:
+            missing = asking.result(timeout=3 * PATIENCE_WITH_OTHER_RANKS)
+        except (RuntimeError, FutureTimeoutError):
+            return "another rank"
     return ("rank " if len(missing) == 1 else "ranks ") + (", ".join(map(str, missing)) or "unknown")
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keeps back what torch's C++ code says on stderr by itself, such as stack traces of a connection that is gone."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _leave(code: object) -> None:
@@ -316,7 +398,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception as error:
         of_the_user = isinstance(error, (ValueError, OSError))
-        lost = not of_the_user and dist.is_initialized() and _is_of_a_lost_rank(error)
+        lost = not of_the_user and dist.is_initialized() and is_of_a_lost_rank(error)
         if not (of_the_user or lost) or os.environ.get("LINGUA_TRACEBACK"):
             traceback.print_exc()
         message = " ".join(str(error).split())

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from lingua.distributed import local_part
 from lingua.product_key.memory import HashingMemory
 
 
@@ -168,7 +169,7 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    local = [local_part(grad) for grad in gradients]
     norm = _total_norm(gradients, local)
     # The small term is torch's, against a division by zero.
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

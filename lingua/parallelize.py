@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lingua.distributed import DTYPES, DistributedArgs, World, mesh_sizes, set_group_timeout
+from lingua.distributed import DTYPES, DistributedArgs, World, local_part, mesh_sizes, set_group_timeout
 from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag
 from lingua.product_key.memory import HashingMemory, memory_layers
 from lingua.transformer import BaseTransformer, BaseTransformerArgs, FeedForward, head_sizes, hidden_size
@@ -324,14 +324,14 @@ class GradientReducer:
     @torch.no_grad()
     def finish(self) -> None:
         for table in self.tables:
-            _sum_in_fp32(_local(table.weight.grad), self.table_group, self.scale)
+            _sum_in_fp32(local_part(table.weight.grad), self.table_group, self.scale)
         if self.tp_group is None:
             return
         for memory in self.seen_in_part:
             own = {table.weight for table in memory.own_tables}
             for parameter in memory.parameters():
                 if parameter not in own:
-                    dist.all_reduce(_local(parameter.grad), group=self.tp_group)
+                    dist.all_reduce(local_part(parameter.grad), group=self.tp_group)
         for parameter in self.model.parameters():  # without FSDP, which does the same
             grad = parameter.grad
             if isinstance(grad, DTensor) and grad.placements != parameter.placements:
@@ -340,11 +340,7 @@ class GradientReducer:
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """What this rank holds of them."""
-    return sum(part.numel() * part.element_size() for part in map(_local, tensors))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum(part.numel() * part.element_size() for part in map(local_part, tensors))
 
 
 def _sum_in_fp32(grad: torch.Tensor, group: dist.ProcessGroup, scale: float) -> None:

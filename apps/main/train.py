@@ -446,8 +446,9 @@ def train(args: TrainArgs) -> None:
     set_environment(args.env)
     set_torch_options(args)
     with contextlib.ExitStack() as stack:
-        stop_signal = stack.enter_context(StopSignal())
         stack.enter_context(process_group(world, args.distributed.timeout))
+        # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
+        stop_signal = stack.enter_context(StopSignal())
         with together():
             run = Run(args, world)
             found = run.find_checkpoint()
@@ -466,8 +467,7 @@ def train(args: TrainArgs) -> None:
             stack.enter_context(collecting_by_steps())
             loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
             batches = itertools.chain([next(loader)], loader)
-        with together():
-            run.materialize(resume_from)
+        run.materialize(resume_from)
         with together():
             stack.enter_context(open_logs(run))
         logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_to_all_single, reduce_scatter_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -83,48 +82,48 @@ def _sums_by_columns(
 ) -> torch.Tensor:
     weight = table.weight.to_local()
     # In the table's type, to which the lookup rounds them anyway: half as many bytes to send where that is bf16.
-    scores = _Gather.apply(scores.to(weight.dtype), group.name)
+    scores = _Gather.apply(scores.to(weight.dtype), *group)
     columns = xformers_embedding_bag(_gather_slots(indices, len(weight), group), weight, scores)
-    return _Exchange.apply(columns, group.name, group.size, True)
+    return _Exchange.apply(columns, *group, True)
 
 
 def _products_by_columns(table: SlotProducts, group: _Group, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     weight = table.weight.to_local()
-    own_columns = _Exchange.apply(x, group.name, group.size, False)
+    own_columns = _Exchange.apply(x, *group, False)
     products = slot_products(_gather_slots(indices, len(weight), group), weight, own_columns)
     # Each rank's are of its columns alone: summed, every rank getting its own tokens'.
-    return _SumAndSplit.apply(products, group.name)
+    return _SumAndSplit.apply(products, *group)
 
 
 def _gather_slots(indices: torch.Tensor, n_slots: int, group: _Group) -> torch.Tensor:
     """As int32 where all slots fit: half the bytes."""
-    return all_gather_tensor(indices.to(torch.int32) if n_slots <= 2**31 else indices, 0, group.name)
+    return _gather(indices.to(torch.int32) if n_slots <= 2**31 else indices, *group)
 
 
 class _Gather(torch.autograd.Function):
     """All ranks' rows, (N, ...) -> (m * N, ...); their gradient is summed over the group and split again."""
 
     @staticmethod
-    def forward(ctx, mine, name: str):
-        ctx.name = name
-        return all_gather_tensor(mine.contiguous(), 0, name)
+    def forward(ctx, mine, name: str, size: int):
+        ctx.group = (name, size)
+        return _gather(mine, name, size)
 
     @staticmethod
     def backward(ctx, grad):
-        return reduce_scatter_tensor(grad.contiguous(), "sum", 0, ctx.name), None
+        return _sum_and_split(grad, *ctx.group), None, None
 
 
 class _SumAndSplit(torch.autograd.Function):
     """The other way round: (m * N, ...) -> (N, ...)."""
 
     @staticmethod
-    def forward(ctx, parts, name: str):
-        ctx.name = name
-        return reduce_scatter_tensor(parts.contiguous(), "sum", 0, name)
+    def forward(ctx, parts, name: str, size: int):
+        ctx.group = (name, size)
+        return _sum_and_split(parts, name, size)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather_tensor(grad.contiguous(), 0, ctx.name), None
+        return _gather(grad, *ctx.group), None, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -140,7 +139,26 @@ class _Exchange(torch.autograd.Function):
         return _exchange(grad, *ctx.group, not ctx.to_rows), None, None, None
 
 
+# --- what is sent ----------------------------------------------------------------------------------------------------
+
+# The operators themselves, which the compiler knows, each waited for at once. torch's functions around them hand out
+# tensors that wait when they are first used: two exchanges can be under way then, and gloo (torch 2.13) writes into freed
+# memory now and then where the slots' gathering meets the weights'.
+_send = torch.ops._c10d_functional
+
+
+def _gather(mine: torch.Tensor, name: str, size: int) -> torch.Tensor:
+    return _send.wait_tensor(_send.all_gather_into_tensor(mine.contiguous(), size, name))
+
+
+def _sum_and_split(parts: torch.Tensor, name: str, size: int) -> torch.Tensor:
+    return _send.wait_tensor(_send.reduce_scatter_tensor(parts.contiguous(), "sum", size, name))
+
+
 def _exchange(tensor: torch.Tensor, name: str, size: int, to_rows: bool) -> torch.Tensor:
-    parts = tensor.unflatten(0, (size, -1)) if to_rows else tensor.unflatten(1, (size, -1)).transpose(0, 1)
-    received = all_to_all_single(parts.contiguous(), None, None, name)
-    return received.transpose(0, 1).flatten(1) if to_rows else received.flatten(0, 1)
+    n_tokens = len(tensor) // size if to_rows else len(tensor)
+    if not to_rows:  # the columns of each rank together, one rank's behind another's
+        tensor = tensor.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
+    n_each = [n_tokens] * size
+    received = _send.wait_tensor(_send.all_to_all_single(tensor.contiguous(), n_each, n_each, name))
+    return received.unflatten(0, (size, n_tokens)).transpose(0, 1).flatten(1) if to_rows else received
