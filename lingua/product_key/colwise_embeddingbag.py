@@ -142,8 +142,8 @@ class _Exchange(torch.autograd.Function):
 # --- what is sent ----------------------------------------------------------------------------------------------------
 
 # The operators themselves, which the compiler knows, each waited for at once. torch's functions around them hand out
-# tensors that wait when they are first used: two exchanges can be under way then, and gloo (torch 2.13) writes into freed
-# memory now and then where the slots' gathering meets the weights'.
+# tensors that wait when they are first used: two exchanges can be under way then, and gloo (torch 2.13) writes into
+# freed memory now and then where the slots' gathering meets the weights'.
 _send = torch.ops._c10d_functional
 
 
@@ -161,4 +161,6 @@ def _exchange(tensor: torch.Tensor, name: str, size: int, to_rows: bool) -> torc
         tensor = tensor.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
     n_each = [n_tokens] * size
     received = _send.wait_tensor(_send.all_to_all_single(tensor.contiguous(), n_each, n_each, name))
-    return received.unflatten(0, (size, n_tokens)).transpose(0, 1).flatten(1) if to_rows else received
+    if not to_rows:
+        return received
+    return received.unflatten(0, (size, n_tokens)).transpose(0, 1).flatten(1)
