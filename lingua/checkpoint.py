@@ -468,8 +468,6 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
                 f"{folder}: the checkpoint lacks {_some(missing)}; is it of a model with other `model` settings?"
             )
         repeated = _refuse_surplus(folder, found, wanted, model)
-    with together():
-        _fill(folder, state)
     # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model
     # finds out where it is given them beside what has their shape. Each rank compares the part that it holds.
     for name in repeated:
@@ -482,6 +480,8 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
             _fill(folder, tensors)
         with together():
             model.canonicalize({key.removeprefix("model."): local_part(tensor) for key, tensor in tensors.items()})
+    with together():
+        _fill(folder, state)
 
 
 def _fill(folder: Path, state: dict[str, Any], alone: bool = False) -> None:

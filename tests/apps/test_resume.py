@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import torch
-from training import last_step, list_steps, read_losses, read_metrics, snapshot, wait_until
+from training import Hold, last_step, list_steps, read_losses, read_metrics, snapshot, wait_until
 
 from lingua.checkpoint import consolidate_checkpoints, read_consolidated
 
@@ -144,10 +144,11 @@ def test_signal(start, reference, tmp_path, number):
 
 
 def test_interrupted_from_the_keyboard(start, reference, tmp_path):
-    """Ctrl-C ends it at once and quietly; the newest checkpoint is there to go on from."""
+    """Ctrl-C ends it at once and quietly, while it writes a checkpoint, too; the one before is there to go on from."""
     dump_dir = tmp_path / "run"
-    run = start(dump_dir, "checkpoint.dump.every=20")
-    assert run.wait_for(lambda: last_step(dump_dir) >= 25)
+    hold = Hold(tmp_path / "hold", r"open .*/\.0000000040\.tmp/params\.json")
+    run = start(dump_dir, "checkpoint.dump.every=20", **hold.variables)
+    assert run.wait_for(hold.is_reached)
     run.kill(signal.SIGINT)
     result = run.finish()
     assert result.code == 130
