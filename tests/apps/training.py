@@ -103,6 +103,8 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    # As in a terminal, also where the tests run in the background of a shell, which then ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None  # what it has found out before; TMPDIR may say otherwise now
 
     import torch
