@@ -154,6 +154,15 @@ def test_ended_while_it_waits_for_the_others(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_do_not_meet(run, tmp_path):
+    """One line tells that not all of them came."""
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    rank = Training(run("distributed.timeout=2"), tmp_path, **launch, MASTER_PORT=str(free_port()))
+    error = rank.finish().the_error()
+    assert error.startswith("error: the 2 ranks have not met within 2 s (distributed.timeout)")
+    assert not (tmp_path / "run").exists()
+
+
 def is_open(port):
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0

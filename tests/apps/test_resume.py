@@ -143,12 +143,17 @@ def test_signal(start, reference, tmp_path, number):
     assert_same_end(dump_dir, reference)
 
 
-def test_interrupted_from_the_keyboard(start, reference, tmp_path):
-    """Ctrl-C ends it at once and quietly, while it writes a checkpoint, too; the one before is there to go on from."""
+@pytest.mark.parametrize("moment", ["between checkpoints", "while writing one"])
+def test_interrupted_from_the_keyboard(start, reference, tmp_path, moment):
+    """Ctrl-C ends it at once and quietly; the newest checkpoint is there to go on from."""
     dump_dir = tmp_path / "run"
-    hold = Hold(tmp_path / "hold", r"open .*/\.0000000040\.tmp/params\.json")
-    run = start(dump_dir, "checkpoint.dump.every=20", **hold.variables)
-    assert run.wait_for(hold.is_reached)
+    if moment == "while writing one":
+        hold = Hold(tmp_path / "hold", r"open .*/\.0000000040\.tmp/params\.json")
+        run = start(dump_dir, "checkpoint.dump.every=20", **hold.variables)
+        assert run.wait_for(hold.is_reached)
+    else:
+        run = start(dump_dir, "checkpoint.dump.every=20")
+        assert run.wait_for(lambda: last_step(dump_dir) >= 25)
     run.kill(signal.SIGINT)
     result = run.finish()
     assert result.code == 130

@@ -113,6 +113,22 @@ def test_retention(tmp_path, dump, evaluation, steps, kept):
     assert sorted(os.listdir(tmp_path)) == [f"{step:010d}" for step in kept]
 
 
+@pytest.mark.parametrize("save_async", [False, True])
+def test_an_old_checkpoint_that_cannot_be_removed_stays(tmp_path, caplog, save_async):
+    """The new one is whole all the same."""
+    small = Small(tmp_path, dump=SaveEvery(2, 1), save_async=save_async)
+    small.save(2)
+    small.manager.finish()
+    in_the_way = tmp_path / ".0000000002.old"
+    in_the_way.mkdir()
+    (in_the_way / "file").write_text("so that nothing can take its name")
+    small.save(4)
+    small.manager.finish()
+    assert steps_in(tmp_path) == [2, 4]
+    small.assert_loads(tmp_path / "0000000004")
+    assert "the old checkpoint of step 2 could not be removed" in caplog.text
+
+
 def test_is_due():
     manager = CheckpointManager(CheckpointArgs(dump=SaveEvery(4), eval=SaveEvery(6)), Path("nowhere"))
     assert [step for step in range(1, 13) if manager.is_due(step)] == [4, 6, 8, 12]
