@@ -293,6 +293,15 @@ def from_first_rank(value: T) -> T:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Around what all ranks do: a ValueError or OSError of one of them ends it on all, and nobody is left waiting.
@@ -308,8 +317,7 @@ def together() -> Iterator[None]:
         if error is not None:
             raise error
         return
-    failed = [False] * dist.get_world_size()
-    dist.all_gather_object(failed, error is not None)
+    failed = gather_objects(error is not None)
     if error is not None and failed.index(True) == dist.get_rank():
         raise error
     if any(failed):

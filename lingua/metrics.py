@@ -39,14 +39,21 @@ def validate_logging_args(args: LoggingArgs) -> None:
     if args.acc_freq is not None and args.acc_freq < 1:
         raise ValueError(f"logging.acc_freq: {args.acc_freq} is too small, it must be 1 or more, or null")
     if args.wandb is not None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(f"logging.wandb: wandb does not import ({error}); install it, or set null") from None
-        known = [name for name in inspect.signature(wandb.init).parameters if name != "config"]
-        for name in args.wandb:
-            if name not in known:
-                raise ValueError(f"logging.wandb.{name}: wandb.init has no such argument; it has {', '.join(known)}")
+        validate_wandb_args(args.wandb, "logging.wandb")
+
+
+def validate_wandb_args(arguments: Any, key: str) -> None:
+    """Raises ValueError, one line that names `key` or what is under it, for what wandb.init does not take."""
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{key}: '{arguments}' where a section of wandb.init's arguments is wanted")
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"{key}: wandb does not import ({error}); install it, or set null") from None
+    known = [name for name in inspect.signature(wandb.init).parameters if name != "config"]
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"{key}.{name}: wandb.init has no such argument; it has {', '.join(known)}")
 
 
 class MetricsLogger:
@@ -64,14 +71,19 @@ class MetricsLogger:
         if self._wandb is not None and metrics["acc_step"] == 0:
             self._wandb.log(metrics, step=metrics["global_step"])
 
+    def log_to_wandb(self, metrics: dict[str, Any], step: int) -> None:
+        """What has a file of its own, to the wandb run where there is one."""
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
     def close(self) -> None:
         self._file.close()
 
 
-def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any]) -> Any:
-    """A wandb run whose files lie in `folder`, and which goes on as the same one when training is resumed there.
+def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any], key: str = "logging.wandb") -> Any:
+    """A wandb run whose files lie in `folder`, and which goes on as the same one when it is started there again.
 
-    `arguments`: of wandb.init. Raises ValueError where wandb refuses to start.
+    `arguments`: of wandb.init, config section `key`. Raises ValueError where wandb refuses to start.
     """
     import wandb
 
@@ -82,7 +94,7 @@ def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any])
         with _without_slurm_secrets():
             run = wandb.init(**{**defaults, **arguments}, config=config)
     except (wandb.Error, TypeError, ValueError) as error:
-        raise ValueError(f"logging.wandb: wandb does not start ({error})") from None
+        raise ValueError(f"{key}: wandb does not start ({error})") from None
     beside = folder / "wandb_run_id.tmp"
     beside.write_text(run_id)
     os.replace(beside, id_file)

@@ -7,6 +7,7 @@ D head dim.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +22,16 @@ ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
 INIT_STD_FACTORS = ("disabled", "global_depth", "current_depth", "dim_ratio")
 
 # What tells attention where to look: "causal", a boolean (or additive) tensor that broadcasts to (B, H, T, S) for sdpa,
-# a BlockMask for flex_attention, an xformers AttentionBias for fmha.
+# a BlockMask for flex_attention, an xformers AttentionBias for fmha; or an AttentionState.
 Mask = object
+
+
+class AttentionState(ABC):
+    """Stands in a mask's place where attention needs more than that: to know what came before (lingua.kv_cache)."""
+
+    @abstractmethod
+    def attend(self, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, D), from the queries, keys and values of the tokens at hand."""
 
 
 @dataclass
@@ -195,6 +204,8 @@ def attend(
     q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, mask: Mask, attn_impl: str
 ) -> torch.Tensor:
     """Softmax attention, (B, T, H, D); G key-value heads serve H / G query heads each."""
+    if isinstance(mask, AttentionState):
+        return mask.attend(q_BTHD, k_BSGD, v_BSGD)
     grouped = q_BTHD.shape[2] != k_BSGD.shape[2]
     if attn_impl == "fmha":
         fmha = _import_fmha()
@@ -357,12 +368,13 @@ class BaseTransformer(nn.Module):
         self,
         h: torch.Tensor,
         tok_idx: torch.Tensor | None = None,
-        mask: Mask = "causal",
+        mask: Mask | list[Mask] = "causal",
         attn_impl: str = "sdpa",
         seqlen: int | None = None,
     ) -> torch.Tensor:
-        """`tok_idx`: positions of the tokens, (T,) or (B, T), where they are not 0..T-1. `seqlen`: T, where `h` is a
-        part of the sequence (which tensor parallelism splits) and the blocks see to the rest.
+        """`tok_idx`: positions of the tokens, (T,) or (B, T), where they are not 0..T-1. `mask`: one for all blocks, or
+        a list with one for each. `seqlen`: T, where `h` is a part of the sequence (which tensor parallelism splits) and
+        the blocks see to the rest.
 
         Raises ValueError for more tokens than max_seqlen.
         """
@@ -370,8 +382,9 @@ class BaseTransformer(nn.Module):
         if tok_idx is None and seqlen > self.max_seqlen:
             raise ValueError(f"{seqlen} tokens are more than the model's max_seqlen={self.max_seqlen}")
         rotation = self.rope_embeddings(seqlen=seqlen, tok_idx=tok_idx)
-        for block in self.layers:
-            h = block(h, rotation, mask, attn_impl)
+        masks = mask if isinstance(mask, list) else [mask] * len(self.layers)
+        for block, of_block in zip(self.layers, masks, strict=True):
+            h = block(h, rotation, of_block, attn_impl)
         return h
 
 

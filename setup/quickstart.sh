@@ -41,12 +41,12 @@ else
     global_step="$((10#$(basename "$checkpoint")))" generator.dtype=fp32
 fi
 
-stage 5 "what the model makes of a prompt (about 15 s)"
-if [ -f "$results/continuation.txt" ]; then
-  cat "$results/continuation.txt"
+stage 5 "what the model makes of a prompt (about 10 s)"
+if [ -f "$results/continuation.jsonl" ]; then
+  cat "$results/continuation.jsonl"
 else
-  "$python" -m apps.main.generate ckpt="$checkpoint" prompt="The function returns" max_gen_len=300 temperature=0.7 \
-    top_p=0.9 dtype=fp32 out="$results/continuation.txt"
+  "$python" -m apps.main.generate ckpt="$checkpoint" prompt="The function returns" max_gen_len=220 temperature=0.7 \
+    top_p=0.9 dtype=fp32 out="$results/continuation.jsonl"
 fi
 
 echo

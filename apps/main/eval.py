@@ -1,58 +1,65 @@
-"""Loss on held-out text, from a checkpoint.
+"""Evaluation of checkpoints: tasks of lm-eval, and loss on held-out text.
 
-    python -m apps.main.eval config=apps/main/configs/eval.yaml ckpt_dir=dumps/debug/checkpoints/0000000400 dump_dir=...
+    python -m apps.main.eval config=apps/main/configs/eval.yaml ckpt_dir=dumps/debug/checkpoints/0000000600 dump_dir=...
+    python -m apps.main.eval config=... ckpt_dir=latest dump_dir=dumps/debug    # a run's newest checkpoint
+    python -m apps.main.eval config=... ckpt_dir=all dump_dir=dumps/debug       # all of them, for a curve
+    torchrun --nproc-per-node 8 -m apps.main.eval config=...                    # the same numbers, sooner
 
-Writes `dump_dir/validation.json`, and a line of `metric_log_dir/metrics.validation.jsonl` where that is set. Tasks of
-lm-eval (`harness`), several ranks and evaluation during training are still to come.
+Writes `results.json`, `validation.json` and `config.yaml` into dump_dir (for latest and all: dump_dir/evals/<step>),
+and appends to `metrics.eval.jsonl` and `metrics.validation.jsonl` in metric_log_dir. Training calls
+`evaluate_checkpoint` with the ranks that it has.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import gc
 import json
 import logging
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from apps.main.generate import (
     GeneratorArgs,
+    PackedCausalTransformerGenerator,
     load_consolidated_model_and_tokenizer,
     pick_device,
     validate_generator_args,
 )
-from apps.main.transformer import LMTransformer
-from lingua.args import parse_args
-from lingua.data import VALIDATION_FILES, find_files, read_documents
-from lingua.distributed import DTYPES, find_world, run_main
+from apps.main.validation import (
+    ValidationArgs,
+    run_validation,
+    validate_validation_args,
+    validation_files,
+)
+from lingua.args import parse_args, read_yaml, to_dict, to_yaml
+from lingua.checkpoint import find_damage, list_checkpoints
+from lingua.data import VALIDATION_FILES
+from lingua.distributed import find_world, from_first_rank, process_group, run_main, together
 from lingua.logger import init_logger
-from lingua.metrics import MetricsLogger, format_duration
-from lingua.tokenizer import Tokenizer
-from lingua.transformer import cross_entropy
+from lingua.metrics import MetricsLogger, start_wandb, validate_wandb_args
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the target where a row is filled up, which cross_entropy leaves out
-
-
-@dataclass
-class ValidationArgs:
-    """`max_steps`: batches of each source, all where null. Sources: folders with *.val.jsonl under `root_dir`."""
-
-    max_steps: int | None = None
-    use_val_from_train_src: bool = True
-    root_dir: str = ""
-    sources: list[str] = field(default_factory=list)
+RESULTS_FILE = "results.json"
+VALIDATION_FILE = "validation.json"
 
 
 @dataclass
 class EvalArgs:
+    """`ckpt_dir`: a checkpoint folder, or `latest` or `all` of the run whose dump_dir is `dump_dir`.
+
+    `harness`: arguments of lm_eval.simple_evaluate, and `include_path`, a folder of tasks. `wandb`: of wandb.init.
+    `global_step`: what the metrics say; the checkpoint folder's number where null.
+    """
+
     name: str = "evals"
     dump_dir: str | None = None
     metric_log_dir: str | None = None
@@ -64,171 +71,250 @@ class EvalArgs:
     global_step: int | None = None
 
 
-def validate_eval_args(args: EvalArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+def validate_eval_args(args: EvalArgs, prefix: str = "") -> None:
+    """Raises ValueError, one line that names the key, for what can be told without a checkpoint."""
+    if args.validation is None and args.harness is None:
+        raise ValueError(f"{prefix}validation: null, and no harness is set, so there is nothing to evaluate")
+    if args.validation is not None:
+        validate_validation_args(args.validation, prefix)
+    validate_generator_args(args.generator, f"{prefix}generator.")
+    if args.wandb is not None:
+        validate_wandb_args(args.wandb, f"{prefix}wandb")
+    if args.harness is not None:
+        try:
+            from apps.main.harness import validate_harness_args
+        except ImportError as error:
+            raise ValueError(
+                f"{prefix}harness: lm-eval does not import ({error}); bash setup/create_env.sh --extras dev,eval"
+            ) from None
+        validate_harness_args(args.harness, prefix)
+
+
+# --- which checkpoints -----------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(args: EvalArgs) -> list[EvalArgs]:
+    """`args` for each checkpoint that `ckpt_dir` stands for, with the folders that its results belong in.
+
+    Raises ValueError where there is none.
+    """
     for name in ("ckpt_dir", "dump_dir"):
         if not getattr(args, name):
             raise ValueError(f"{name}: not set")
-    for name in ("harness", "wandb"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"{name}: not available yet; leave it out")
-    if args.validation is None:
-        raise ValueError("validation: null, so there is nothing to evaluate")
-    if args.validation.max_steps is not None and args.validation.max_steps < 1:
-        raise ValueError(
-            f"validation.max_steps: {args.validation.max_steps} is too small, it must be 1 or more, or null"
+    if args.ckpt_dir not in ("latest", "all"):
+        return [replace(args, global_step=_step_of(args.ckpt_dir) if args.global_step is None else args.global_step)]
+    run = Path(args.dump_dir)
+    folder = run / "checkpoints"
+    if (run / "config.yaml").is_file():
+        checkpoint = read_yaml(str(run / "config.yaml")).get("checkpoint")
+        folder = Path((checkpoint or {}).get("path") or folder)
+    whole = []
+    for path in list_checkpoints(folder):
+        problem = find_damage(path)
+        if problem is None:
+            whole.append(path)
+        else:
+            logger.warning("passing over the checkpoint %s: %s", path, problem)
+    if not whole:
+        raise ValueError(f"ckpt_dir: '{args.ckpt_dir}', but there is no whole checkpoint in '{folder}'")
+    return [
+        replace(
+            args,
+            ckpt_dir=str(path),
+            dump_dir=str(run / "evals" / path.name),
+            metric_log_dir=args.metric_log_dir or args.dump_dir,
+            global_step=int(path.name),
         )
-    if args.validation.sources and not args.validation.root_dir:
-        raise ValueError("validation.root_dir: not set; name the folder that holds validation.sources")
-    validate_generator_args(args.generator, "generator.")
+        for path in (whole if args.ckpt_dir == "all" else whole[-1:])
+    ]
 
 
-def validation_folders(args: ValidationArgs, train_data: dict[str, Any]) -> list[tuple[str, str]]:
-    """(root, source) of each source to validate on: the training run's that have *.val.jsonl, and those named."""
-    folders = []
-    if args.use_val_from_train_src:
-        for source in train_data["sources"]:
-            if any(Path(train_data["root_dir"], source).glob(VALIDATION_FILES)):
-                folders.append((train_data["root_dir"], source))
-            else:
-                logger.warning("no %s in %s/%s; not validated on", VALIDATION_FILES, train_data["root_dir"], source)
-    folders += [(args.root_dir, source) for source in args.sources]
-    if not folders:
-        raise ValueError(
-            f"validation.sources: nothing to validate on, and no training source has {VALIDATION_FILES}; name a source"
-        )
-    return folders
+def _step_of(ckpt_dir: str) -> int | None:
+    """The number that the checkpoint's folder, or the one above a consolidated one, is named by."""
+    path = Path(ckpt_dir).absolute()
+    return next((int(folder.name) for folder in (path, path.parent) if re.fullmatch(r"\d{10}", folder.name)), None)
 
 
-def rows_of(tokens: list[int], seq_len: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(input, target) rows of at most seq_len in which every token but the first is a target once."""
-    for start in range(0, len(tokens) - 1, seq_len):
-        piece = tokens[start : start + seq_len + 1]
-        yield piece[:-1], piece[1:]
+def is_done(args: EvalArgs) -> bool:
+    """Whether the results of these very arguments lie in dump_dir."""
+    folder = Path(args.dump_dir)
+    wanted = [RESULTS_FILE] * (args.harness is not None) + [VALIDATION_FILE] * (args.validation is not None)
+    config = folder / "config.yaml"
+    return config.is_file() and config.read_text() == to_yaml(args) and all((folder / n).is_file() for n in wanted)
 
 
-@torch.no_grad()
-def validate_source(
-    model: LMTransformer,
-    tokenizer: Tokenizer,
-    files: list[Path],
-    train_data: dict[str, Any],
-    max_steps: int | None,
-    dtype: str,
-) -> dict[str, float]:
-    """Mean loss a token, and bits a byte of text, over the documents of `files`, each from its own start.
+# --- evaluating ------------------------------------------------------------------------------------------------------
 
-    `max_steps`: the document during which so many batches are reached is the last.
+
+def evaluate_checkpoint(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """Evaluates one checkpoint: {"results": lm-eval's, "validation": what validation.json holds}, what was asked for.
+
+    All ranks call it together; files are the first one's to write. Whatever it needs of memory is free again when it
+    returns, and no random state of the process has changed. Raises ValueError for checkpoints, tasks and data that
+    cannot work, and EvaluationStopped where `should_stop` says so on any rank.
     """
-    device = next(model.parameters()).device
-    totals = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0}
-    nll = 0.0
-    rows: list[tuple[list[int], list[int]]] = []
-    steps, start, reported = 0, time.monotonic(), time.monotonic()
+    with _as_it_was():
+        return _evaluate(args, should_stop)
 
-    def flush() -> float:
-        width = max(len(inputs) for inputs, _ in rows)
-        inputs = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows], device=device)
-        targets = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in rows], device=device)
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
-            return cross_entropy(model(inputs), targets, ignore_index=IGNORED, reduction="sum").item()
 
-    for text in itertools.chain.from_iterable(map(read_documents, files)):
-        if max_steps is not None and steps >= max_steps:
-            break
-        tokens = tokenizer.encode(text, train_data["add_bos"], train_data["add_eos"])
-        totals["n_documents"] += 1
-        totals["n_tokens"] += max(len(tokens) - 1, 0)
-        totals["n_bytes"] += len(text.encode(errors="replace"))
-        for row in rows_of(tokens, model.max_seqlen):
-            rows.append(row)
-            if len(rows) == train_data["batch_size"]:
-                nll += flush()
-                rows.clear()
-                steps += 1
-        if time.monotonic() - reported > 3:
-            reported = time.monotonic()
-            size = sum(path.stat().st_size for path in files)
-            left = (reported - start) * max(size / max(totals["n_bytes"], 1) - 1, 0)
-            logger.info("%s documents, left: %s at most", totals["n_documents"], format_duration(left))
-    if rows:
-        nll += flush()
-    if totals["n_tokens"] == 0:
-        raise ValueError(f"{files[0].parent}: no tokens in its validation files")
-    return {"loss": nll / totals["n_tokens"], "bits_per_byte": nll / math.log(2) / totals["n_bytes"], **totals}
+def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[str, Any]:
+    generator_args = args.generator
+    model, tokenizer, config = load_consolidated_model_and_tokenizer(
+        args.ckpt_dir, pick_device(generator_args.device), generator_args.dtype
+    )
+    generator = PackedCausalTransformerGenerator(generator_args, model, tokenizer, config["data"]["add_bos"])
+    found: dict[str, Any] = {}
+    with together():
+        files = validation_files(args.validation, config["data"]) if args.validation is not None else {}
+        if args.validation is not None and not files and args.harness is None:
+            raise ValueError(
+                f"validation.sources: nothing to validate on, and no training source has {VALIDATION_FILES}; "
+                "name a source"
+            )
+    if args.harness is not None:
+        from apps.main import harness
+
+        found["results"] = harness.run_harness(args.harness, generator, should_stop)
+    if files:
+        found["validation"] = run_validation(args.validation, files, generator, config, should_stop)
+    with together():
+        if find_world().rank == 0:
+            _write(args, found)
+    return found
 
 
 @contextlib.contextmanager
-def record_slots(model: LMTransformer) -> Iterator[dict[int, torch.Tensor]]:
-    """Block number -> which slots its memory reads while the context lasts, a bool for each slot."""
-    used = {}
-    for number, memory in model.memories().items():
-        used[number] = torch.zeros(memory.size, dtype=torch.bool, device=memory.keys.device)
-
-        def recording(query: torch.Tensor, knn: int, get_indices=memory.get_indices, mine=used[number]):
-            scores, slots = get_indices(query, knn)
-            mine[slots.flatten()] = True
-            return scores, slots
-
-        memory.get_indices = recording
+def _as_it_was() -> Iterator[None]:
+    """Restores the random states that lm-eval sets, and frees what evaluation has used."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        yield used
+        yield
     finally:
-        for memory in model.memories().values():
-            del memory.get_indices
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        gc.collect()
+        if on_gpus:
+            torch.cuda.empty_cache()
+
+
+def _write(args: EvalArgs, found: dict[str, Any]) -> None:
+    folder = Path(args.dump_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "results" in found:
+        from apps.main import harness
+
+        _write_whole(folder / RESULTS_FILE, harness.to_json(found["results"]))
+        print(harness.tables(found["results"]), flush=True)  # noqa: T201
+    if "validation" in found:
+        _write_whole(folder / VALIDATION_FILE, json.dumps(found["validation"], indent=2))
+    _write_whole(folder / "config.yaml", to_yaml(args))
+    if args.metric_log_dir is not None:
+        Path(args.metric_log_dir).mkdir(parents=True, exist_ok=True)
+        for kind, values in metrics_of(found).items():
+            metrics = MetricsLogger(Path(args.metric_log_dir) / f"metrics.{kind}.jsonl")
+            metrics.log({"global_step": args.global_step, "acc_step": 0, **values})
+            metrics.close()
+    logger.info("evaluation: %s", folder)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    beside.rename(file)
+
+
+def metrics_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"eval": task -> its metrics, "validation": source -> its numbers}, without texts of single documents."""
+    kinds = {}
+    if "results" in found:
+        kinds["eval"] = {**found["results"]["results"], **found["results"].get("groups", {})}
+    if "validation" in found:
+        kinds["validation"] = found["validation"]
+    return kinds
+
+
+def flat_metrics(found: dict[str, Any]) -> dict[str, float]:
+    """The numbers of `metrics_of` by names such as eval/hellaswag/acc and validation/wiki/loss, for wandb."""
+    return {
+        f"{kind}/{source}/{name.removesuffix(',none')}": value
+        for kind, values in metrics_of(found).items()
+        for source, numbers in values.items()
+        for name, value in numbers.items()
+        if isinstance(value, int | float)
+    }
 
 
 def launch_eval(args: EvalArgs) -> dict[str, Any]:
-    """Evaluates as `args` say and returns what validation.json holds: per source loss and bits_per_byte, slots used.
+    """Evaluates as `args` say, all checkpoints that `ckpt_dir` stands for, and returns what the last one has given.
 
-    Raises ValueError for arguments, checkpoints and data that cannot work.
+    Under torchrun all ranks call it, within their process group. Raises ValueError for arguments, checkpoints, tasks
+    and data that cannot work.
     """
-    validate_eval_args(args)
-    model, tokenizer, config = load_consolidated_model_and_tokenizer(args.ckpt_dir, pick_device(args.generator.device))
-    folders = validation_folders(args.validation, config["data"])
-    files: dict[str, list[Path]] = {}
-    for root, source in folders:
-        files[source if source not in files else str(Path(root, source))] = find_files(root, source, VALIDATION_FILES)
-    results: dict[str, Any] = {}
-    with record_slots(model) as used:
-        for source, paths in files.items():
-            max_steps = args.validation.max_steps
-            results[source] = validate_source(model, tokenizer, paths, config["data"], max_steps, args.generator.dtype)
-            logger.info(
-                "%s: loss %.4f, %.4f bits per byte", source, results[source]["loss"], results[source]["bits_per_byte"]
-            )
-    if used:
-        together = (
-            torch.stack(list(used.values())).any(0) if config["model"]["productkey_args"]["mem_share_values"] else None
-        )
-        results["memory_slots"] = {
-            "total": next(iter(used.values())).numel(),
-            **{f"read_by_layer_{number}": int(slots.sum()) for number, slots in used.items()},
-            **({} if together is None else {"read": int(together.sum())}),
-        }
-    write_results(args, results)
-    return results
+    rank = find_world().rank
+    with together():
+        checkpoints = find_checkpoints(args)
+        validate_eval_args(args)
+    # As the first rank sees the disk: others may see it later.
+    checkpoints = from_first_rank(checkpoints)
+    several = args.ckpt_dir == "all"
+    wandb_run, curve = None, []
+    with contextlib.ExitStack() as stack:
+        if args.wandb is not None:
+            with together():
+                if rank == 0:
+                    folder = (
+                        Path(args.dump_dir) / "evals" if args.ckpt_dir in ("latest", "all") else Path(args.dump_dir)
+                    )
+                    folder.mkdir(parents=True, exist_ok=True)
+                    wandb_run = start_wandb(folder, {"name": args.name, **args.wandb}, to_dict(args), "wandb")
+                    stack.push(lambda kind, *_: wandb_run.finish(exit_code=0 if kind is None else 1))
+        found: dict[str, Any] = {}
+        for number, each in enumerate(checkpoints, start=1):
+            if several:
+                if from_first_rank(is_done(each)):
+                    logger.info("%s of %s: %s is there", number, len(checkpoints), each.dump_dir)
+                    found = _read_found(each)
+                else:
+                    logger.info("%s of %s: %s", number, len(checkpoints), each.ckpt_dir)
+                    found = evaluate_checkpoint(each)
+            else:
+                found = evaluate_checkpoint(each)
+            if rank == 0:
+                curve.append((each.global_step, flat_metrics(found)))
+                if wandb_run is not None:
+                    wandb_run.log(curve[-1][1], step=each.global_step)
+    if several and rank == 0:
+        print(_curve_table(curve), flush=True)  # noqa: T201
+    return found
 
 
-def write_results(args: EvalArgs, results: dict[str, Any]) -> None:
-    folder = Path(args.dump_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "validation.json.tmp"
-    beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    beside.rename(folder / "validation.json")
-    if args.metric_log_dir is not None:
-        Path(args.metric_log_dir).mkdir(parents=True, exist_ok=True)
-        metrics = MetricsLogger(Path(args.metric_log_dir) / "metrics.validation.jsonl")
-        metrics.log({"global_step": args.global_step, "acc_step": 0, **results})
-        metrics.close()
+def _read_found(args: EvalArgs) -> dict[str, Any]:
+    files = {"results": RESULTS_FILE, "validation": VALIDATION_FILE}
+    paths = {kind: Path(args.dump_dir) / file for kind, file in files.items()}
+    return {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in paths.items() if path.is_file()}
+
+
+def _curve_table(curve: list[tuple[int | None, dict[str, float]]]) -> str:
+    """A line a checkpoint, a column a metric; deviations and counts are in the files."""
+    left_out = ("_stderr", "sample_len", "n_documents", "n_tokens", "n_bytes", "memory_slots/")
+    names = [name for name in curve[-1][1] if not any(part in name for part in left_out)]
+    rows = [["step", *names]] + [
+        [str(step), *(f"{values[name]:.4f}" if name in values else "" for name in names)] for step, values in curve
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def main() -> None:
     args = parse_args(EvalArgs)
-    if find_world().size > 1:
-        raise ValueError("eval under torchrun is not available yet; start one process")
-    init_logger()
-    launch_eval(args)
+    world = find_world()
+    init_logger(world.rank, world.size)
+    with process_group(world):
+        launch_eval(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training, top to bottom: batch -> forward -> backward -> clip, step -> metrics -> checkpoint, signals.
+"""Training, top to bottom: batch -> forward -> backward -> clip, step -> metrics -> checkpoint, evaluation, signals.
 
     python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]
     torchrun --nproc-per-node 8 -m apps.main.train config=...
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import itertools
 import logging
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from apps.main.eval import EvalArgs, evaluate_checkpoint, flat_metrics, is_done, validate_eval_args
 from apps.main.transformer import (
     LMTransformer,
     LMTransformerArgs,
@@ -31,7 +33,8 @@ from apps.main.transformer import (
     count_parameters,
     validate_model_args,
 )
-from lingua.args import looks_secret, parse_args, to_dict, to_yaml
+from apps.main.validation import EvaluationStopped, validation_files
+from lingua.args import from_dict, looks_secret, parse_args, to_dict, to_yaml
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
 from lingua.data import (
     DataArgs,
@@ -94,6 +97,10 @@ class ProfilingArgs:
 
 @dataclass
 class TrainArgs:
+    """`eval`: a section of EvalArgs, for evaluation at `checkpoint.eval.every` and at the end; folders and step follow
+    from the run. `async_eval_gpus`: in SLURM jobs of so many GPUs instead of on the training's own.
+    """
+
     name: str = "lingua"
     dump_dir: str = ""
     seed: int = 42
@@ -131,8 +138,6 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     for key, wanted in (
         ("probe_freq", args.probe_freq is not None),
         ("profiling.run", args.profiling.run),
-        ("async_eval_gpus", args.async_eval_gpus is not None),
-        ("eval", args.eval is not None),
     ):
         if wanted:
             raise ValueError(f"{key}: not available yet; leave it out")
@@ -153,6 +158,25 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
+    validate_evaluation(args)
+
+
+def validate_evaluation(args: TrainArgs) -> None:
+    """Raises ValueError, one line that names the key, for evaluation that would fail hours later."""
+    if args.async_eval_gpus is not None:
+        if args.async_eval_gpus < 1:
+            raise ValueError(f"async_eval_gpus: {args.async_eval_gpus} is too small, it must be 1 or more, or null")
+        if args.eval is None:
+            raise ValueError("async_eval_gpus: set, but there is no section eval that says what to evaluate")
+        if importlib.util.find_spec("lingua.stool") is None:
+            raise ValueError("async_eval_gpus: not available yet, since it needs lingua.stool; leave it out")
+    if args.eval is None:
+        return
+    wanted = evaluation_args(args, step=0)
+    validate_eval_args(wanted, "eval.")
+    has_files = wanted.validation is not None and validation_files(wanted.validation, to_dict(args.data))
+    if not has_files and wanted.harness is None:
+        raise ValueError("eval.validation.sources: nothing to validate on: no source has *.val.jsonl; name one")
 
 
 def check_writable(key: str, folder: Path, needed: int) -> None:
@@ -214,6 +238,89 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
         f"{name}={value}" for name, value in os.environ.items() if name.startswith(launch) and not looks_secret(name)
     )
     logger.info("environment: %s", " ".join(shown))
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
+    """What section `eval` asks for, of the checkpoint of `step`, into the run's folders.
+
+    It computes as training does where it does not say otherwise. Raises ValueError for what is no section of EvalArgs.
+    """
+    if not isinstance(args.eval, dict):
+        raise ValueError(f"eval: '{args.eval}' where a section of keys and values is wanted")
+    of_the_run = ("ckpt_dir", "dump_dir", "metric_log_dir", "global_step")
+    for name in of_the_run:
+        if args.eval.get(name):
+            raise ValueError(f"eval.{name}: follows from the run; leave it out")
+    try:
+        wanted = from_dict(EvalArgs, {k: v for k, v in args.eval.items() if k not in of_the_run}, "section eval")
+    except ValueError as error:
+        raise ValueError(f"eval.{error}") from None
+    if "dtype" not in (args.eval.get("generator") or {}):
+        wanted.generator.dtype = args.distributed.model_dtype
+    checkpoints = Path(args.checkpoint.path or Path(args.dump_dir) / "checkpoints")
+    wanted.ckpt_dir = str(checkpoints / f"{step:010d}")
+    wanted.dump_dir = str(Path(args.dump_dir) / "evals" / f"{step:010d}")
+    wanted.metric_log_dir = args.dump_dir
+    wanted.global_step = step
+    return wanted
+
+
+def evaluate(run: Run, stop_signal: StopSignal) -> None:
+    """Evaluates the checkpoint of the step that was just done. All ranks call it together.
+
+    What goes wrong there is told and does not end the training. A stop signal ends the evaluation, which is then made
+    up for when the run goes on.
+    """
+    args, step = run.args, run.step
+    run.checkpoints.finish()
+    wanted = evaluation_args(args, step)
+    try:
+        if args.async_eval_gpus is not None:
+            with together():
+                if run.world.rank == 0:
+                    submit_evaluation(wanted, args.async_eval_gpus)
+            return
+        logger.info("evaluating step %s", step)
+        found = evaluate_checkpoint(wanted, should_stop=lambda: stop_signal.name is not None)
+        if run.metrics is not None:
+            run.metrics.log_to_wandb(flat_metrics(found), step)
+    except EvaluationStopped:
+        logger.info("evaluation of step %s ended by %s", step, stop_signal.name or "a signal")
+    except (ValueError, OSError) as error:
+        logger.error("step %s could not be evaluated: %s", step, " ".join(str(error).split()))
+    except SystemExit:  # another rank has said what is wrong
+        pass
+    finally:
+        run.stopwatch.restart_lap()
+
+
+def lacks_evaluation(run: Run) -> bool:
+    """Whether section `eval` asks for the results of a checkpoint that are not there. The same on all ranks."""
+    if run.args.eval is None or run.args.async_eval_gpus is not None:
+        return False
+    wanted = evaluation_args(run.args, run.step)
+    return from_first_rank(Path(wanted.ckpt_dir).is_dir() and not is_done(wanted))
+
+
+def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
+    """A job of its own through stool, on whole nodes of 8 GPUs where it is more than one node."""
+    from lingua.stool import StoolArgs, launch_job
+
+    n_nodes = -(-n_gpus // 8)
+    launch_job(
+        StoolArgs(
+            config=to_dict(wanted),
+            script="apps.main.eval",
+            copy_code=False,
+            dirs_exists_ok=True,
+            nodes=n_nodes,
+            ngpu=-(-n_gpus // n_nodes),
+        )
+    )
+    logger.info("submitted the evaluation of step %s", wanted.global_step)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -425,9 +532,10 @@ def open_logs(run: Run) -> Iterator[None]:
         beside = folder / "config.yaml.tmp"
         beside.write_text(to_yaml(args), encoding="utf-8")
         beside.rename(folder / "config.yaml")
-        dropped = drop_metrics_after(folder / "metrics.jsonl", run.step)
-        if dropped:
-            logger.info("dropped %s metrics lines past step %s, which is computed again", dropped, run.step)
+        for name in ("metrics.jsonl", "metrics.eval.jsonl", "metrics.validation.jsonl"):
+            dropped = drop_metrics_after(folder / name, run.step)
+            if dropped:
+                logger.info("dropped %s lines of %s past step %s, which is computed again", dropped, name, run.step)
         run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
         stack.callback(run.metrics.close)
         log_start(args, run.world, run.model)
@@ -456,8 +564,14 @@ def train(args: TrainArgs) -> None:
         with together():
             run.go_to(resume_from)
             if run.step >= args.steps:
-                logger.info("all %s steps are done (%s); nothing to do", args.steps, resume_from)
-                return
+                logger.info("all %s steps are done (%s)", args.steps, resume_from)
+        if run.step >= args.steps:
+            if lacks_evaluation(run):
+                evaluate(run, stop_signal)
+            else:
+                logger.info("nothing to do")
+            return
+        with together():
             run.checkpoints.clean_up()
             if args.checkpoint.path is not None:
                 check_writable("checkpoint.path", run.checkpoints.path, checkpoint_bytes(run.model))
@@ -482,6 +596,8 @@ def train(args: TrainArgs) -> None:
 def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:
     """The loop. The last step is checkpointed whatever the schedule of checkpoints says."""
     steps, saved = run.args.steps, run.step
+    if run.step > 0 and run.checkpoints.args.eval.is_due(run.step) and lacks_evaluation(run):
+        evaluate(run, stop_signal)  # which the run was stopped before or in
     run.stopwatch.restart_lap()
     while run.step < steps:
         batches, error = [], None
@@ -504,6 +620,8 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         if run.checkpoints.is_due(run.step) or run.step == steps:
             run.save()
             saved = run.step
+        if run.args.eval is not None and (run.checkpoints.args.eval.is_due(run.step) or run.step == steps):
+            evaluate(run, stop_signal)
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()
     if run.step > saved:

@@ -106,15 +106,25 @@ class LMTransformer(BaseTransformer):
         token_values: torch.Tensor,
         target: torch.Tensor | None = None,
         tok_idx: torch.Tensor | None = None,
-        mask: Mask | None = None,
+        mask: Mask | list[Mask] | None = None,
         attn_impl: str = "sdpa",
     ) -> torch.Tensor:
+        logits = self.output(self.hidden_states(token_values, tok_idx, mask, attn_impl))
+        return logits if target is None else cross_entropy(logits, target)
+
+    def hidden_states(
+        self,
+        token_values: torch.Tensor,
+        tok_idx: torch.Tensor | None = None,
+        mask: Mask | list[Mask] | None = None,
+        attn_impl: str = "sdpa",
+    ) -> torch.Tensor:
+        """What `output` makes logits of, (B, T, C)."""
         if mask is None:
             mask = create_causal_mask(token_values.shape[1], attn_impl, self.sliding_window, token_values.device)
         h = self.tok_embeddings(token_values)
         h = super().forward(h, tok_idx=tok_idx, mask=mask, attn_impl=attn_impl, seqlen=token_values.shape[1])
-        logits = self.output(self.norm(h))
-        return logits if target is None else cross_entropy(logits, target)
+        return self.norm(h)
 
 
 def count_parameters(model: LMTransformer) -> tuple[int, int]:

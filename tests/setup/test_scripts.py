@@ -147,7 +147,7 @@ def test_quickstart(tmp_path):
     validation = json.loads((results / "validation.json").read_text())
     assert f"{validation['stdlib']['bits_per_byte']:.3f}" in first.stdout
     assert f"{validation['memory_slots']['read']:,} of 65,536" in first.stdout
-    assert (results / "continuation.txt").read_text().startswith("The function returns")
+    assert (results / "continuation.jsonl").read_text().startswith('{"prompt": "The function returns"')
     metrics = (tmp_path / "my run" / "metrics.jsonl").read_text()
     assert [json.loads(line)["global_step"] for line in metrics.splitlines()] == [10, 12]
 

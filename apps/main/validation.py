@@ -1,0 +1,189 @@
+"""Loss on held-out text: each document once, from its own start, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
+from apps.main.transformer import LMTransformer
+from lingua.data import VALIDATION_FILES, find_files, read_documents
+from lingua.distributed import any_rank, gather_objects, together
+
+logger = logging.getLogger(__name__)
+
+# Documents that are cut into rows and scored before the next ones are read. The same for any number of ranks, so that
+# they compute the same batches.
+DOCUMENTS_AT_ONCE = 512
+
+
+class EvaluationStopped(Exception):
+    """Raised on all ranks where a `should_stop` of one of them has answered yes."""
+
+
+def check_stop(should_stop: Callable[[], bool] | None) -> None:
+    """All ranks call it together."""
+    if should_stop is not None and any_rank(should_stop())[0]:
+        raise EvaluationStopped
+
+
+@dataclass
+class ValidationArgs:
+    """`max_steps`: batches of the training's size for each source, all where null; the document with which so many are
+    reached is the last. Sources: folders with *.val.jsonl under `root_dir`.
+    """
+
+    max_steps: int | None = None
+    use_val_from_train_src: bool = True
+    root_dir: str = ""
+    sources: list[str] = field(default_factory=list)
+
+
+def validate_validation_args(args: ValidationArgs, prefix: str = "") -> None:
+    """Raises ValueError, one line that names the key."""
+    if args.max_steps is not None and args.max_steps < 1:
+        raise ValueError(f"{prefix}validation.max_steps: {args.max_steps} is too small, it must be 1 or more, or null")
+    if args.sources and not args.root_dir:
+        raise ValueError(f"{prefix}validation.root_dir: not set; name the folder that holds validation.sources")
+
+
+def validation_files(args: ValidationArgs, train_data: dict[str, Any]) -> dict[str, list[Path]]:
+    """Source -> its files: the training run's sources that have *.val.jsonl, and those named.
+
+    Raises ValueError where a named source is missing. May be empty.
+    """
+    folders = []
+    if args.use_val_from_train_src and train_data["root_dir"] is not None:
+        for source in train_data["sources"]:
+            if any(Path(train_data["root_dir"], source).glob(VALIDATION_FILES)):
+                folders.append((train_data["root_dir"], source))
+            else:
+                logger.warning("no %s in %s/%s; not validated on", VALIDATION_FILES, train_data["root_dir"], source)
+    folders += [(args.root_dir, source) for source in args.sources]
+    files: dict[str, list[Path]] = {}
+    for root, source in folders:
+        files[source if source not in files else str(Path(root, source))] = find_files(root, source, VALIDATION_FILES)
+    return files
+
+
+def rows_of(tokens: list[int], seq_len: int) -> list[list[int]]:
+    """Pieces of at most seq_len + 1 tokens in which every token but the document's first is predicted once."""
+    return [tokens[start : start + seq_len + 1] for start in range(0, len(tokens) - 1, seq_len)]
+
+
+def validate_source(
+    generator: PackedCausalTransformerGenerator,
+    files: list[Path],
+    train_data: dict[str, Any],
+    max_steps: int | None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, float]:
+    """Mean loss a token, and bits a byte of text, over the documents of `files`. All ranks call it together.
+
+    Raises ValueError for files without a token, or with lines that are no documents, and EvaluationStopped on all ranks
+    where `should_stop` says so on any.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    max_rows = None if max_steps is None else max_steps * train_data["batch_size"]
+    at_once = max(generator.args.max_tokens, train_data["batch_size"] * generator.model.max_seqlen)
+    totals = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0}
+    losses: list[float] = []  # of this rank's rows
+    n_rows = 0
+    progress = Progress(sum(path.stat().st_size for path in files), "bytes read at most", generator.args.show_progress)
+    documents = itertools.chain.from_iterable(map(read_documents, files))
+    while max_rows is None or n_rows < max_rows:
+        check_stop(should_stop)
+        with together():
+            texts = list(itertools.islice(documents, DOCUMENTS_AT_ONCE))
+            # Each rank encodes some of them, and tells the others.
+            encoded = [
+                generator.tokenizer.encode(t, train_data["add_bos"], train_data["add_eos"]) for t in texts[rank::size]
+            ]
+        if not texts:
+            break
+        tokens_of = list(itertools.chain.from_iterable(itertools.zip_longest(*gather_objects(encoded), fillvalue=None)))
+        rows: list[list[int]] = []
+        for text, tokens in zip(texts, tokens_of, strict=False):
+            if max_rows is not None and n_rows + len(rows) >= max_rows:
+                break
+            rows += rows_of(tokens, generator.model.max_seqlen)
+            totals["n_documents"] += 1
+            totals["n_tokens"] += max(len(tokens) - 1, 0)
+            totals["n_bytes"] += len(text.encode(errors="replace"))
+        n_rows += len(rows)
+        batches = batches_by_length([len(row) - 1 for row in rows], at_once)
+        with together(), explaining_memory(generator.args):
+            for batch in batches[rank::size]:
+                losses += [-ll.double().sum().item() for ll, _ in generator.score_batch([rows[i] for i in batch])]
+                if rank == 0:
+                    progress.show()
+        progress.done = totals["n_bytes"]
+    if totals["n_tokens"] == 0:
+        raise ValueError(f"{files[0].parent}: no tokens in its validation files")
+    # Summed exactly, so that it does not matter which rank found what.
+    nll = math.fsum(itertools.chain.from_iterable(gather_objects(losses)))
+    return {"loss": nll / totals["n_tokens"], "bits_per_byte": nll / math.log(2) / totals["n_bytes"], **totals}
+
+
+@contextlib.contextmanager
+def record_slots(model: LMTransformer) -> Iterator[dict[int, torch.Tensor]]:
+    """Block number -> which slots its memory reads while the context lasts, a bool for each slot."""
+    used = {}
+    for number, memory in model.memories().items():
+        used[number] = torch.zeros(memory.size, dtype=torch.bool, device=memory.keys.device)
+
+        def recording(query: torch.Tensor, knn: int, get_indices=memory.get_indices, mine=used[number]):
+            scores, slots = get_indices(query, knn)
+            mine[slots.flatten()] = True
+            return scores, slots
+
+        memory.get_indices = recording
+    try:
+        yield used
+    finally:
+        for memory in model.memories().values():
+            del memory.get_indices
+
+
+def count_slots(used: dict[int, torch.Tensor], shared: bool) -> dict[str, int]:
+    """How many slots were read on any rank: by each memory, and where they share a table by all of them together."""
+    by_layer = {number: slots.cpu().to(torch.uint8) for number, slots in used.items()}
+    if dist.is_initialized():
+        for slots in by_layer.values():
+            dist.all_reduce(slots, op=dist.ReduceOp.MAX)
+    counts = {"total": next(iter(by_layer.values())).numel()}
+    counts.update({f"read_by_layer_{number}": int(slots.sum()) for number, slots in by_layer.items()})
+    if shared:
+        counts["read"] = int(torch.stack(list(by_layer.values())).amax(0).sum())
+    return counts
+
+
+def run_validation(
+    args: ValidationArgs,
+    files: dict[str, list[Path]],
+    generator: PackedCausalTransformerGenerator,
+    config: dict[str, Any],
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """What validation.json holds: for each source loss and bits_per_byte, and the memory slots read.
+
+    All ranks call it together and get the same. Raises as `validate_source`.
+    """
+    results: dict[str, Any] = {}
+    with record_slots(generator.model) as used:
+        for source, paths in files.items():
+            found = results[source] = validate_source(generator, paths, config["data"], args.max_steps, should_stop)
+            logger.info("%s: loss %.4f, %.4f bits per byte", source, found["loss"], found["bits_per_byte"])
+    if used:
+        results["memory_slots"] = count_slots(used, config["model"]["productkey_args"]["mem_share_values"])
+    return results

@@ -1,0 +1,409 @@
+"""lm-eval's tasks: every request against a plain forward pass, several ranks against one, and during training."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from evaluation import NAMES, facts_config, small_model, write_facts
+from lm_eval.api.instance import Instance
+from training import Training, list_steps, read_losses, run_command, start_ranks, write_config
+
+from apps.main import harness
+from apps.main.eval import EvalArgs, launch_eval
+from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator, load_consolidated_model_and_tokenizer
+from apps.main.harness import LinguaLM, SharedGenerator, generation_args
+from lingua.args import from_dict
+from lingua.tokenizer import build_tokenizer
+
+TASKS = ["facts_gen", "facts_choice", "facts_text"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, tasks' folder, a run that has learned the facts and evaluated itself at steps 60 and 120)."""
+    folder = tmp_path_factory.mktemp("facts")
+    data, tasks = write_facts(folder)
+    config = facts_config(data, folder / "run")
+    config["eval"] = {"generator": {"max_tokens": 300}, "harness": {"tasks": TASKS, "include_path": str(tasks)}}
+    file = write_config(folder / "train.yaml", config)
+    result = Training([f"config={file}"], folder).finish().ok()
+    return folder, tasks, folder / "run", result
+
+
+def evaluate(checkpoint, folder, tasks, names=TASKS, max_tokens=300, **arguments):
+    args = EvalArgs(ckpt_dir=str(checkpoint), dump_dir=str(folder), validation=None)
+    args.generator = GeneratorArgs(dtype="fp32", device="cpu", max_tokens=max_tokens)
+    args.harness = {"tasks": names, "include_path": str(tasks), "bootstrap_iters": 100, **arguments}
+    return launch_eval(args)["results"]
+
+
+def numbers(results):
+    """Task -> its metrics, without their deviations."""
+    return {
+        task: {k: v for k, v in metrics.items() if isinstance(v, float) and "stderr" not in k}
+        for task, metrics in results["results"].items()
+    }
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def make_lm(model, add_bos=True, **arguments):
+    args = GeneratorArgs(**({"dtype": "fp32", "device": "cpu", "max_gen_len": 8} | arguments))
+    generator = PackedCausalTransformerGenerator(args, model, build_tokenizer("bytes"), add_bos)
+    return LinguaLM(SharedGenerator(generator))
+
+
+def ask(method, *arguments):
+    return method([Instance("loglikelihood", {}, a, i) for i, a in enumerate(arguments)])
+
+
+def plain_score(model, given, scored):
+    """Sum of log-likelihoods of `scored` tokens behind `given` ones, and whether each is the likeliest."""
+    tokens = (given + scored)[-(model.max_seqlen + 1) :]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)[-len(scored) :]
+    targets = torch.tensor(scored)
+    return logits.gather(-1, targets[:, None]).sum().item(), bool((logits.argmax(-1) == targets).all())
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
+def test_loglikelihoods_are_those_of_a_plain_forward_pass(max_tokens, add_bos):
+    model = small_model(max_seqlen=40)
+    lm = make_lm(model, add_bos, max_tokens=max_tokens)
+    bos = [256] if add_bos else []
+    cases = [
+        (("ab", "cd"), bos + list(b"ab"), list(b"cd")),
+        (("a context of some length", " and more"), bos + list(b"a context of some length"), list(b" and more")),
+        (("trailing space ", "word"), bos + list(b"trailing space"), list(b" word")),
+        # Without a context: behind BOS, or EOS where documents begin without BOS.
+        (("", "alone"), [256 if add_bos else 257], list(b"alone")),
+        (("far too long for the model " * 3, "end"), list(b"far too long for the model " * 3)[:-1], list(b" end")),
+        (("x", ""), bos, []),
+    ]
+    answers = ask(lm.loglikelihood, *[case[0] for case in cases])
+    for (_, given, scored), (likelihood, greedy) in zip(cases[:-1], answers[:-1], strict=True):
+        expected, is_likeliest = plain_score(model, given, scored)
+        assert likelihood == pytest.approx(expected, abs=1e-4)
+        assert greedy == is_likeliest
+    assert answers[-1] == (0.0, True)
+
+
+def test_the_likeliest_continuation_is_known_as_such():
+    model = small_model(max_seqlen=40)
+    with torch.no_grad():
+        model.output.weight[128:] = 0  # what it says is text
+    lm = make_lm(model)
+    (text,) = ask(lm.generate_until, ("ab", {"until": [], "max_gen_toks": 5}))
+    (right, wrong) = ask(lm.loglikelihood, ("ab", text), ("ab", text[:-1] + ("x" if text[-1] != "x" else "y")))
+    assert right[1] is True
+    assert wrong[1] is False
+
+
+def test_rolling_scores_each_token_once():
+    """Texts longer than the model in windows, as lm-eval's own backends cut them."""
+    model = small_model(max_seqlen=16)
+    lm = make_lm(model, add_bos=False)
+    texts = ["short", "a text that is longer than the model can see at once"]
+    for text, total in zip(texts, ask(lm.loglikelihood_rolling, *[(text,) for text in texts]), strict=True):
+        tokens = list(text.encode())
+        expected = plain_score(model, [257], tokens[:16])[0]
+        for start in range(16, len(tokens), 16):
+            scored = tokens[start : start + 16]
+            expected += plain_score(model, tokens[: start + len(scored)][-17:][: 17 - len(scored)], scored)[0]
+        assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_continuation_longer_than_the_model():
+    with pytest.raises(ValueError, match="a continuation of 20 tokens is longer than the model's max_seqlen=16"):
+        ask(make_lm(small_model(max_seqlen=16)).loglikelihood, ("a", "b" * 20))
+
+
+def test_requests_with_differing_arguments():
+    model = small_model(max_seqlen=64)
+    lm = make_lm(model)
+    long, short, stopped = ask(
+        lm.generate_until,
+        ("ab", {"until": [], "max_gen_toks": 12}),
+        ("ab", {"until": [], "max_gen_toks": 3}),
+        ("cd", {"max_gen_toks": 12}),
+    )
+    assert long.startswith(short)
+    assert len(long) > len(short)
+    (again,) = ask(lm.generate_until, ("ab", {"until": [long[4]], "max_gen_toks": 12}))
+    assert again == long.split(long[4])[0]
+    (default,) = ask(lm.generate_until, ("cd", {}))
+    assert stopped.startswith(default)  # the generator's 8 tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"temperature": 0.0, "max_gen_len": 8, "until": ["U"]}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"temperature": 0.7, "top_p": 0.9, "top_k": 5}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"max_new_tokens": 3, "until": "\n"}, {"max_gen_len": 3, "until": ["\n"]}),
+        ({"max_gen_toks": 4, "max_tokens": 5, "num_beams": 1, "top_k": 0}, {"max_gen_len": 4, "top_k": None}),
+    ],
+)
+def test_what_a_task_says_of_generation(given, expected):
+    args = generation_args(GeneratorArgs(max_gen_len=8, until=["U"]), given)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("given", "key"), [({"num_beams": 4}, "num_beams"), ({"temperature": -1}, "temperature")])
+def test_generation_that_is_not_supported(given, key):
+    with pytest.raises(ValueError, match=f"generation_kwargs.{key}: "):
+        generation_args(GeneratorArgs(), given)
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_knows_the_facts_wherever_it_is_asked(world, tmp_path):
+    """The same accuracy through eval.py, generate.py and evaluation in training; an untrained one knows nothing."""
+    folder, tasks, run, _ = world
+    (checkpoint,) = [path for path in (run / "checkpoints").iterdir() if path.name == "0000000120"]
+    trained = numbers(evaluate(checkpoint, tmp_path / "trained", tasks))
+    in_training = numbers(json.loads((run / "evals" / "0000000120" / "results.json").read_text()))
+    assert trained == in_training
+    assert trained["facts_gen"]["exact_match,none"] >= 0.9
+    assert trained["facts_choice"]["acc,none"] >= 0.9
+
+    questions = [json.loads(line) for line in (tasks / "facts.jsonl").read_text().splitlines()]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Q: {q['question']}\nA:"}) + "\n" for q in questions))
+    run_command(
+        [
+            *("apps.main.generate", f"ckpt={checkpoint}", f"prompt_file={prompts}", f"out={out}"),
+            *('until=["\\n"]', "max_gen_len=12", "dtype=fp32", "device=cpu"),
+        ]
+    ).ok()
+    answers = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    right = [answer == f" {q['answer']}" for answer, q in zip(answers, questions, strict=True)]
+    assert sum(right) / len(NAMES) == trained["facts_gen"]["exact_match,none"]
+
+    config = json.loads((checkpoint / "params.json").read_text())
+    config["model"]["seed"] = 1
+    model = load_consolidated_model_and_tokenizer(checkpoint)[0]
+    model.requires_grad_(True).init_weights()
+    untrained = tmp_path / "untrained"
+    untrained.mkdir()
+    torch.save({"model": model.state_dict()}, untrained / "consolidated.pth")
+    (untrained / "params.json").write_text(json.dumps(config))
+    found = numbers(evaluate(untrained, tmp_path / "u", tasks))
+    assert found["facts_gen"]["exact_match,none"] == 0
+    assert found["facts_choice"]["acc,none"] <= 0.4
+    assert found["facts_text"]["bits_per_byte,none"] > 4 * trained["facts_text"]["bits_per_byte,none"]
+
+
+def test_ranks_share_the_work(world, tmp_path):
+    """2 ranks under torchrun write the numbers of one process, to the last digit."""
+    _, tasks, run, _ = world
+    checkpoint = run / "checkpoints" / "0000000060"
+    one = evaluate(checkpoint, tmp_path / "one", tasks)
+    harness_args = json.dumps({"tasks": TASKS, "include_path": str(tasks), "bootstrap_iters": 100})
+    result = run_command(
+        [
+            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
+            *(f"ckpt_dir={checkpoint}", f"dump_dir={tmp_path}/two", f"metric_log_dir={tmp_path}/two"),
+            *("generator.dtype=fp32", "generator.device=cpu", "generator.max_tokens=300"),
+            *("validation=null", f"harness={harness_args}"),
+        ]
+    ).ok()
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["results"] == one["results"]
+    assert two["samples"] == json.loads(harness.to_json(one["samples"]))
+    assert result.out.count("|facts_gen") == 1
+    line = json.loads((tmp_path / "two" / "metrics.eval.jsonl").read_text())
+    assert line["global_step"] == 60
+    assert line["facts_choice"]["acc,none"] == one["results"]["facts_choice"]["acc,none"]
+
+
+def test_an_error_of_one_rank_ends_all(world, tmp_path):
+    """A task whose generation does not fit the model, on 2 ranks: one line, nobody waits."""
+    _, tasks, run, _ = world
+    (tmp_path / "tasks").mkdir()
+    text = (tasks / "facts_gen.yaml").read_text().replace("max_gen_toks: 12", "max_gen_toks: 1200")
+    (tmp_path / "tasks" / "long.yaml").write_text(text.replace("task: facts_gen", "task: long"))
+    harness_args = json.dumps({"tasks": ["long"], "include_path": str(tmp_path / "tasks")})
+    result = run_command(
+        [
+            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
+            *(f"ckpt_dir={run}/checkpoints/0000000060", f"dump_dir={tmp_path}/two", "validation=null"),
+            *("generator.dtype=fp32", "generator.device=cpu", f"harness={harness_args}"),
+        ]
+    )
+    assert result.code != 0
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "max_gen_len: 1200 tokens leave no room for a prompt in the model's max_seqlen=96" in errors[0]
+    assert not (tmp_path / "two").exists()
+
+
+def test_limit_and_few_shots(world, tmp_path):
+    _, tasks, run, _ = world
+    checkpoint = run / "checkpoints" / "0000000120"
+    names = [{"task": "facts_gen", "num_fewshot": 1}, "facts_choice"]
+    results = evaluate(checkpoint, tmp_path, tasks, names, limit=3)
+    assert results["n-shot"] == {"facts_gen": 1, "facts_choice": 0}
+    assert len(results["samples"]["facts_gen"]) == 3
+    prompt = results["samples"]["facts_gen"][0]["arguments"][0][0]
+    assert prompt.count("Q: ") == 2
+    assert prompt.endswith("Q: Where does Ada live?\nA:")
+
+
+def test_batches_make_no_difference(world, tmp_path):
+    _, tasks, run, _ = world
+    checkpoint = run / "checkpoints" / "0000000060"
+    one, many = (evaluate(checkpoint, tmp_path / str(n), tasks, max_tokens=n) for n in (1, 100_000))
+    for task, metrics in numbers(one).items():
+        assert metrics == pytest.approx(numbers(many)[task], abs=1e-5)
+
+
+def test_a_task_that_fails_ends_in_one_line(world, tmp_path):
+    _, tasks, run, _ = world
+    (tmp_path / "tasks").mkdir()
+    text = (tasks / "facts_gen.yaml").read_text().replace("facts.jsonl", "gone.jsonl")
+    (tmp_path / "tasks" / "gone.yaml").write_text(text.replace("task: facts_gen", "task: gone"))
+    with pytest.raises(ValueError, match="harness.tasks: lm-eval failed .*FileNotFoundError.*gone.jsonl") as caught:
+        evaluate(run / "checkpoints" / "0000000060", tmp_path / "out", tmp_path / "tasks", ["gone"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- during training -------------------------------------------------------------------------------------------------
+
+
+def test_training_is_not_disturbed(world, tmp_path):
+    """The same losses, to the last bit, with evaluation and without."""
+    folder, _, run, result = world
+    config = facts_config(folder / "data", tmp_path / "run")
+    Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().ok()
+    assert read_losses(tmp_path / "run") == read_losses(run)
+    assert list_steps(run) == [60, 120]
+    assert sorted(path.name for path in (run / "evals").iterdir()) == ["0000000060", "0000000120"]
+    for kind in ("eval", "validation"):
+        lines = [json.loads(line) for line in (run / f"metrics.{kind}.jsonl").read_text().splitlines()]
+        assert [line["global_step"] for line in lines] == [60, 120]
+    assert "|facts_choice" in result.out
+    assert "evaluating step 120" in (run / "train.log").read_text()
+
+
+def test_on_all_ranks_of_any_layout(world, tmp_path):
+    """2 ranks with a table split by columns evaluate what one process evaluates of the same checkpoint."""
+    folder, tasks, _, _ = world
+    config = facts_config(folder / "data", tmp_path / "run")
+    config |= {"steps": 20, "checkpoint": {"dump": {"every": 0}, "eval": {"every": 20}}}
+    config["distributed"] |= {"memory_parallel_size": 2}
+    config["eval"] = {"generator": {"max_tokens": 300}, "harness": {"tasks": TASKS, "include_path": str(tasks)}}
+    for rank in start_ranks(2, [f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path):
+        rank.finish().ok()
+    evals = tmp_path / "run" / "evals" / "0000000020"
+    alone = evaluate(tmp_path / "run" / "checkpoints" / "0000000020", tmp_path / "alone", tasks)
+    assert numbers(json.loads((evals / "results.json").read_text())) == numbers(alone)
+    validation = json.loads((evals / "validation.json").read_text())
+    assert validation["facts"]["n_documents"] == 30
+    assert len((tmp_path / "run" / "metrics.eval.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_evaluation_that_fails_does_not_end_training(world, tmp_path):
+    folder, tasks, run, _ = world
+    broken = tmp_path / "tasks"
+    broken.mkdir()
+    text = (tasks / "facts_gen.yaml").read_text().replace("facts.jsonl", "gone.jsonl")
+    (broken / "gone.yaml").write_text(text.replace("task: facts_gen", "task: gone"))
+    config = facts_config(folder / "data", tmp_path / "run")
+    config["eval"] = {"harness": {"tasks": ["gone"], "include_path": str(broken)}}
+    result = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().ok()
+    assert result.out.count("could not be evaluated: ") == 2
+    assert "done: 120 steps" in result.out
+    assert read_losses(tmp_path / "run") == read_losses(run)
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(world, tmp_path):
+    """TERM within the last evaluation: the run ends well, and started again does what is missing, and only that."""
+    folder, tasks, _, _ = world
+    config = facts_config(folder / "data", tmp_path / "run")
+    config |= {"steps": 20, "checkpoint": {"dump": {"every": 0}, "eval": {"every": 20}}}
+    slow = tmp_path / "tasks"
+    slow.mkdir()
+    many = "".join((tasks / "facts.jsonl").read_text() for _ in range(300))
+    (slow / "facts.jsonl").write_text(many)
+    text = (tasks / "facts_choice.yaml").read_text().replace(str(tasks), str(slow))
+    (slow / "facts_choice.yaml").write_text(text)
+    config["eval"] = {
+        "generator": {"max_tokens": 50},
+        "harness": {"tasks": ["facts_choice"], "include_path": str(slow)},
+    }
+    arguments = [f"config={write_config(tmp_path / 'c.yaml', config)}"]
+    first = Training(arguments, tmp_path)
+    assert first.wait_for(lambda: "evaluating step 20" in first.out())
+    first.kill(15)
+    out = first.finish().ok().out
+    assert "evaluation of step 20 ended by SIGTERM" in out
+    assert not (tmp_path / "run" / "evals").exists()
+    (slow / "facts.jsonl").write_text((tasks / "facts.jsonl").read_text())
+    again = Training(arguments, tmp_path).finish().ok().out
+    assert "all 20 steps are done" in again
+    assert "evaluating step 20" in again
+    assert (tmp_path / "run" / "evals" / "0000000020" / "results.json").exists()
+    third = Training(arguments, tmp_path).finish().ok().out
+    assert "nothing to do" in third
+    assert "evaluating" not in third
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"harness": {"tasks": ["nowhere"], "include_path": "TASKS"}}, "eval.harness.tasks: lm-eval knows no task"),
+        ({"generatr": {}}, "eval.generatr: unknown key; did you mean generator"),
+        ({"ckpt_dir": "x"}, "eval.ckpt_dir: follows from the run"),
+        ({"validation": {"max_steps": 0}}, "eval.validation.max_steps: 0"),
+        ({"generator": {"top_p": 2}}, "eval.generator.top_p: 2"),
+        ("yes", "eval: 'yes' where a section"),
+    ],
+)
+def test_a_section_eval_that_cannot_work_ends_before_anything_is_written(world, tmp_path, section, message):
+    folder, tasks, _, _ = world
+    config = facts_config(folder / "data", tmp_path / "run")
+    config["eval"] = json.loads(json.dumps(section).replace("TASKS", str(tasks)))
+    line = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().the_error()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_in_jobs_of_their_own(world, tmp_path, monkeypatch):
+    """What is submitted through stool, of which a stand-in takes the place, is what evaluates the checkpoint."""
+    from apps.main import train
+
+    folder, tasks, run, _ = world
+    submitted = []
+    stand_in = types.ModuleType("lingua.stool")
+    stand_in.StoolArgs = lambda **arguments: types.SimpleNamespace(**arguments)
+    stand_in.launch_job = submitted.append
+    monkeypatch.setitem(sys.modules, "lingua.stool", stand_in)
+    config = facts_config(folder / "data", run)
+    config["eval"] = {"harness": {"tasks": ["facts_gen"], "include_path": str(tasks)}}
+    args = from_dict(train.TrainArgs, config | {"async_eval_gpus": 20}, "test")
+    train.submit_evaluation(train.evaluation_args(args, 60), 20)
+    (job,) = submitted
+    assert (job.script, job.nodes, job.ngpu, job.copy_code) == ("apps.main.eval", 3, 7, False)
+    wanted = from_dict(EvalArgs, job.config, "job")
+    wanted.generator.device = "cpu"
+    wanted.dump_dir = str(tmp_path / "evals")
+    wanted.metric_log_dir = str(tmp_path)
+    assert wanted.ckpt_dir == str(run / "checkpoints" / "0000000060")
+    in_training = json.loads((run / "evals" / "0000000060" / "results.json").read_text())
+    assert numbers(launch_eval(wanted)["results"])["facts_gen"] == numbers(in_training)["facts_gen"]
+
+
+def test_jobs_of_their_own_need_stool(world, tmp_path):
+    folder, _, _, _ = world
+    config = facts_config(folder / "data", tmp_path / "run") | {"async_eval_gpus": 8, "eval": {}}
+    line = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().the_error()
+    assert "async_eval_gpus: not available yet" in line
