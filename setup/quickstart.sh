@@ -45,8 +45,11 @@ stage 5 "what the model makes of a prompt (about 10 s)"
 if [ -f "$results/continuation.jsonl" ]; then
   cat "$results/continuation.jsonl"
 else
-  "$python" -m apps.main.generate ckpt="$checkpoint" prompt="The function returns" max_gen_len=220 temperature=0.7 \
-    top_p=0.9 dtype=fp32 out="$results/continuation.jsonl"
+  # Within what the model can see, whatever data.seq_len was given.
+  length=$("$python" -c 'import json, sys; print(min(220, json.load(open(sys.argv[1]))["data"]["seq_len"] // 2))' \
+    "$checkpoint/params.json")
+  "$python" -m apps.main.generate ckpt="$checkpoint" prompt="The function returns" max_gen_len="$length" \
+    temperature=0.7 top_p=0.9 dtype=fp32 out="$results/continuation.jsonl"
 fi
 
 echo

@@ -4,16 +4,20 @@ import json
 import sys
 import types
 
+import lm_eval
 import pytest
 import torch
 from evaluation import NAMES, facts_config, small_model, write_facts
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from training import Training, list_steps, read_losses, run_command, start_ranks, write_config
 
 from apps.main import harness
 from apps.main.eval import EvalArgs, launch_eval
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator, load_consolidated_model_and_tokenizer
 from apps.main.harness import LinguaLM, SharedGenerator, generation_args
+from apps.main.hf import export_hf
+from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
 from lingua.tokenizer import build_tokenizer
 
@@ -274,6 +278,43 @@ def test_a_task_that_fails_ends_in_one_line(world, tmp_path):
         evaluate(run / "checkpoints" / "0000000060", tmp_path / "out", tmp_path / "tasks", ["gone"])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["memory", "dense"])
+def test_lm_evals_own_backend_says_the_same_of_the_exported_model(world, tmp_path, monkeypatch, kind):
+    """Multiple choice, generation with stop strings, rolling perplexity; nothing is asked of a hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval.models.huggingface import HFLM
+
+    _, tasks, run, _ = world
+    checkpoint = run / "checkpoints" / "0000000060"
+    if kind == "dense":
+        params = json.loads((checkpoint / "params.json").read_text())
+        params["model"]["productkey_args"]["is_enabled"] = False
+        checkpoint = tmp_path / "dense"
+        checkpoint.mkdir()
+        model = LMTransformer(from_dict(LMTransformerArgs, params["model"], "test"))
+        torch.save({"model": model.state_dict()}, checkpoint / "consolidated.pth")
+        (checkpoint / "params.json").write_text(json.dumps(params))
+    ours = evaluate(checkpoint, tmp_path / "ours", tasks)
+    backend = HFLM(
+        pretrained=str(export_hf(checkpoint, tmp_path / "hf")),
+        trust_remote_code=True,
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
+    )
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    theirs = lm_eval.simple_evaluate(model=backend, tasks=TASKS, task_manager=manager, bootstrap_iters=100)
+    assert set(numbers(ours)) == set(TASKS)
+    for task, metrics in numbers(ours).items():
+        assert metrics == pytest.approx(numbers(theirs)[task], rel=1e-4)
+    for one, other in zip(ours["samples"]["facts_gen"], theirs["samples"]["facts_gen"], strict=True):
+        assert one["resps"] == other["resps"]
+    for one, other in zip(ours["samples"]["facts_choice"], theirs["samples"]["facts_choice"], strict=True):
+        for mine, its in zip(one["resps"], other["resps"], strict=True):
+            assert float(mine[0][0]) == pytest.approx(float(its[0][0]), abs=1e-3)
+            assert str(mine[0][1]) == str(its[0][1])
 
 
 # --- during training -------------------------------------------------------------------------------------------------
