@@ -68,7 +68,7 @@ class KVCache:
     ):
         attention = model.layers[0].attention
         self.length = length if sliding_window is None else min(length, sliding_window)
-        shape = (n_rows, attention.wk.out_features // attention.head_dim, self.length, attention.head_dim)
+        shape = (n_rows, attention.n_kv_heads, self.length, attention.head_dim)
         # Zeros: what is masked out has weight 0, and 0 times what memory happens to hold may be no number.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in model.layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in model.layers]

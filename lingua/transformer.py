@@ -239,7 +239,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, head_dim: int, n_heads: int, n_kv_heads: int):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
         self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
         self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)

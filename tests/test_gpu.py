@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.distributed import DistributedArgs, World
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
+from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,3 +208,79 @@ def test_layouts_through_nccl(tmp_path):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(ROOT / "tests" / "gpu_one_rank.py"), str(tmp_path)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+# --- generation and evaluation ---------------------------------------------------------------------------------------
+
+
+def build_generator(dtype="fp32", model=None, **arguments):
+    """Prompts for it, the generator, and the model, whose sizes a CPU can follow."""
+    memory = ProductKeyArgs(is_enabled=True, layers="1", mem_n_keys=16, mem_knn=4, mem_k_dim=32, mem_heads=2)
+    sizes = {"dim": 128, "n_layers": 3, "n_heads": 4, "vocab_size": 258, "max_seqlen": 160}
+    args = LMTransformerArgs(**(sizes | (model or {})), productkey_args=memory)
+    built = LMTransformer(args).to("cuda").eval()
+    defaults = {"max_gen_len": 40, "max_tokens": 2000, "dtype": dtype}
+    tokenizer = build_tokenizer("bytes")
+    tokenizer.eos_id = -1
+    return PackedCausalTransformerGenerator(GeneratorArgs(**(defaults | arguments)), built, tokenizer), built
+
+
+PROMPTS = ["a", "of some length, this one", "", "short"] * 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}, {"sliding_window": 24}, {"weight_tying": True}])
+@pytest.mark.parametrize("graph", [False, True])
+def test_generation_recomputes_the_sequence(changes, graph):
+    """Greedy, in fp32: the texts that a forward pass over the whole sequence for each token gives."""
+    generator, model = build_generator(model=changes, reduce_generation_overhead=graph)
+    texts, likelihoods, _ = generator.generate(PROMPTS)
+    for prompt, text, likelihood in zip(PROMPTS, texts, likelihoods, strict=True):
+        tokens = generator.tokenizer.encode(prompt, True)
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens], device="cuda"))[0].log_softmax(-1)
+            targets = torch.tensor(tokens[1:], device="cuda")
+            expected = logits[:-1].gather(-1, targets[:, None]).squeeze(-1).cpu()
+            assert torch.allclose(likelihood, expected, atol=1e-4)
+            said = []
+            for _ in range(40):
+                said.append(int(model(torch.tensor([tokens + said], device="cuda"))[0, -1].argmax()))
+        assert text == generator.tokenizer.decode(said)
+
+
+def test_graphs_change_nothing_in_half_precision():
+    plain, _ = build_generator("bf16")
+    graphed, _ = build_generator("bf16", reduce_generation_overhead=True)
+    sampled, _ = build_generator("bf16", temperature=1.0)
+    assert plain.generate(PROMPTS)[0] == graphed.generate(PROMPTS)[0]
+    assert sampled.generate(PROMPTS)[0] != plain.generate(PROMPTS)[0]
+
+
+def test_compiled_reading():
+    plain, _ = build_generator()
+    compiled, _ = build_generator(compile_prefilling=True)
+    for here, there in zip(plain.generate(PROMPTS)[1], compiled.generate(PROMPTS)[1], strict=True):
+        assert torch.allclose(here, there, atol=1e-4)
+
+
+def test_evaluation_gives_its_memory_back(tmp_path):
+    from apps.main.eval import EvalArgs, evaluate_checkpoint
+
+    source = tmp_path / "data" / "words"
+    source.mkdir(parents=True)
+    (source / "words.val.jsonl").write_text("".join(json.dumps({"text": "words " * n}) + "\n" for n in range(50)))
+    _, model = build_generator()
+    torch.save({"model": model.state_dict()}, tmp_path / "consolidated.pth")
+    sizes = {"dim": 128, "n_layers": 3, "n_heads": 4, "vocab_size": 258, "max_seqlen": 160}
+    memory = {"is_enabled": True, "layers": "1", "mem_n_keys": 16, "mem_knn": 4, "mem_k_dim": 32, "mem_heads": 2}
+    data = {"root_dir": str(tmp_path / "data"), "sources": {"words": 1.0}}
+    params = {"model": sizes | {"productkey_args": memory}, "data": data}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    state, before = torch.cuda.get_rng_state(), None
+    for _ in range(2):
+        found = evaluate_checkpoint(EvalArgs(ckpt_dir=str(tmp_path), dump_dir=str(tmp_path / "evals")))
+        held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        # The first time cuBLAS takes its workspace.
+        assert before is None or held[0] <= before[0]
+        before = held
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert found["validation"]["words"]["n_documents"] == 50

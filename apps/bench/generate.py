@@ -78,7 +78,7 @@ def bytes_per_step(model: LMTransformer, batch: int, length: int, dtype: torch.d
         m.heads * m.knn * m.v_dim * len(m.tables) * m.tables[0].weight.element_size() for m in model.memories().values()
     )
     attention = model.layers[0].attention
-    cache = 2 * attention.wk.out_features * length * len(model.layers) * dtype.itemsize
+    cache = 2 * attention.n_kv_heads * attention.head_dim * length * len(model.layers) * dtype.itemsize
     return weights + batch * (rows + cache)
 
 

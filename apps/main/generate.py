@@ -34,6 +34,7 @@ from lingua.args import from_dict, parse_args, to_dict
 from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FOLDER, find_consolidated, load_model, read_json
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, find_world, run_main, together
+from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
 from lingua.logger import init_logger
 from lingua.metrics import format_duration
@@ -270,19 +271,24 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]
 class PackedCausalTransformerGenerator:
     """Continues prompts, and scores token sequences, many at a time.
 
+    In fp32 on a CPU it computes with a faster copy of the model (lingua.inference), as that is when it is made.
+
     Args:
         add_bos: whether a prompt begins with BOS, where the tokenizer has one: as the model has seen documents begin.
     """
 
     def __init__(self, args: GeneratorArgs, model: LMTransformer, tokenizer: Tokenizer, add_bos: bool = True):
         validate_generator_args(args)
-        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.args, self.tokenizer = args, tokenizer
+        # The compiler has its own way of making it fast.
+        speeds_up = args.dtype == "fp32" and not args.compile_prefilling and can_speed_up(model)
+        self.model = _faster(model) if speeds_up else model
         self.add_bos = add_bos and tokenizer.bos_id >= 0
         self.device = next(model.parameters()).device
         self.dtype = DTYPES[args.dtype]
-        self._read = model.hidden_states
+        self._read = self.model.hidden_states
         if args.compile_prefilling:
-            self._read = torch.compile(model.hidden_states, dynamic=True)
+            self._read = torch.compile(self._read, dynamic=True)
         self._n_batches = 0
 
     def encode(self, prompt: str) -> list[int]:
@@ -371,6 +377,13 @@ class PackedCausalTransformerGenerator:
         """Of its own for each batch: the same prompt twice is sampled twice, and all of it again from the start."""
         self._n_batches += 1
         return sampling_seed(self.args.seed, self._n_batches)
+
+
+def _faster(model: LMTransformer) -> LMTransformer:
+    fast = speed_up(model)
+    if isinstance(fast.output, TiedOutput):
+        fast.output = fast_linear(fast.tok_embeddings.weight)
+    return fast
 
 
 def sampling_seed(seed: int, number: int) -> int:
