@@ -1,9 +1,8 @@
 """A model for inference in fp32 on a CPU: the same numbers with fewer and faster operations.
 
 A token at a time a model is bound by reading its weights, and a small one by the number of operations. Projections of
-the same input become one, turning a pair of dimensions is one product of complex numbers, and large weights lie as
-oneDNN likes them, laid out once and not at each product: so it reads them two to three times as fast as PyTorch's
-default.
+the same input become one, and large weights lie as oneDNN likes them, laid out once and not at each product: so it
+reads them two to three times as fast as PyTorch's default.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lingua.transformer import Attention, BaseTransformer, FeedForward, Mask, RotaryEmbedding, attend
+from lingua.transformer import Attention, BaseTransformer, FeedForward, Mask, apply_rotary, attend
 
 # Elements of a weight from which on oneDNN's layout is worth what its operator costs more at each call.
 PACKED_FROM = 2**18
@@ -33,7 +32,6 @@ def speed_up(model: BaseTransformer) -> BaseTransformer:
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     fast = copy.deepcopy(model, shared)
-    fast.rope_embeddings = ComplexRotation(fast.rope_embeddings)
     for block in fast.layers:
         block.attention = FusedAttention(block.attention)
         if isinstance(block.feed_forward, FeedForward):
@@ -70,17 +68,6 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class ComplexRotation(nn.Module):
-    """cos + i sin of each pair's angle, (T, D/2) for positions 0..seqlen-1, or (*tok_idx.shape, D/2) for given ones."""
-
-    def __init__(self, rope: RotaryEmbedding):
-        super().__init__()
-        self.table = torch.complex(*rope.table)
-
-    def forward(self, seqlen: int | None = None, tok_idx: torch.Tensor | None = None) -> torch.Tensor:
-        return self.table[tok_idx] if tok_idx is not None else self.table[:seqlen]
-
-
 class FusedAttention(nn.Module):
     """Attention whose queries, keys and values are one product; queries and keys are turned together."""
 
@@ -93,9 +80,7 @@ class FusedAttention(nn.Module):
     def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
         together = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         turned, v = together.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=-2)
-        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2)
-        q, k = turned.split((self.n_heads, self.n_kv_heads), dim=-2)
+        q, k = apply_rotary(turned, rotation).split((self.n_heads, self.n_kv_heads), dim=-2)
         return self.wo(attend(q, k, v, mask, attn_impl).flatten(-2))
 
 
