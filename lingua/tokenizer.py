@@ -123,18 +123,18 @@ class ByteLevelTokenizer(Tokenizer):
     """
 
     def __init__(self, token_bytes: list[bytes], bos_id: int, eos_id: int) -> None:
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
         self.n_words = len(token_bytes)
         self.bos_id = bos_id
         self.eos_id = eos_id
 
     def decode(self, tokens: Sequence[int]) -> str:
         # "replace" and not "backslashreplace": a mark that is no text, rather than ASCII that the model never wrote.
-        return b"".join(self._token_bytes[token] for token in self._checked(tokens)).decode("utf-8", "replace")
+        return b"".join(self.token_bytes[token] for token in self._checked(tokens)).decode("utf-8", "replace")
 
     def get_token_offsets(self, text: str, tokens: list[int] | None = None) -> tuple[list[str], list[int]]:
         ids = self.encode(text) if tokens is None else self._checked(tokens)
-        parts = [self._token_bytes[token] for token in ids]
+        parts = [self.token_bytes[token] for token in ids]
         if b"".join(parts) != _utf8(text):
             raise ValueError("the tokens given are not an encoding of the text given")
         bounds = list(accumulate(map(len, parts), initial=0))
@@ -190,7 +190,10 @@ class TiktokenTokenizer(ByteLevelTokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model with its own ids. It may normalise text, so that decoding gives back similar text only."""
+    """A sentencepiece model with its own ids. It may normalise text, so that decoding gives back similar text only.
+
+    `model` is sentencepiece's own processor.
+    """
 
     def __init__(self, path: str) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -199,21 +202,21 @@ class SentencePieceTokenizer(Tokenizer):
         damaged = f"data.tokenizer.path={path!r}: a sentencepiece model that is cut short or damaged; fetch it again"
         try:
             # From memory: given a path, the library opens the file a second time and has its own way with errors.
-            self._model = SentencePieceProcessor(model_proto=data)
+            self.model = SentencePieceProcessor(model_proto=data)
         except (RuntimeError, OSError) as error:
             raise ValueError(damaged) from error
         # Cut between two pieces, the file still parses. Trainer and normalizer settings (2, 3) come after the pieces.
-        if not {2, 3} <= {field for field, _ in _proto_fields(data)}:
+        if not {2, 3} <= {field for field, _ in proto_fields(data)}:
             raise ValueError(damaged)
-        self.n_words = self._model.vocab_size()
-        self.bos_id = self._model.bos_id()
-        self.eos_id = self._model.eos_id()
+        self.n_words = self.model.vocab_size()
+        self.bos_id = self.model.bos_id()
+        self.eos_id = self.model.eos_id()
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        return self._framed(self._model.encode(_utf8(text).decode(), out_type=int), add_bos, add_eos)
+        return self._framed(self.model.encode(_utf8(text).decode(), out_type=int), add_bos, add_eos)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(self._checked(tokens))
+        return self.model.decode(self._checked(tokens))
 
     def get_token_offsets(self, text: str, tokens: list[int] | None = None) -> tuple[list[str], list[int]]:
         """As in Tokenizer. Text that the normalisation drops, such as doubled spaces, may be in no token.
@@ -222,8 +225,8 @@ class SentencePieceTokenizer(Tokenizer):
         """
         # The one form of the result that gives positions in all of sentencepiece 0.2.x: SentencePieceText, whose
         # pieces (2) each have an id (2) and their first and last place (4, 5) in the text, in bytes.
-        result = self._model.encode(_utf8(text).decode(), out_type="serialized_proto")
-        pieces = [dict(_proto_fields(value)) for field, value in _proto_fields(result) if field == 2]
+        result = self.model.encode(_utf8(text).decode(), out_type="serialized_proto")
+        pieces = [dict(proto_fields(value)) for field, value in proto_fields(result) if field == 2]
         begins = [piece.get(4, 0) for piece in pieces]
         ends = [piece.get(5, 0) for piece in pieces]
         if tokens is not None:
@@ -360,7 +363,7 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     return ranks
 
 
-def _proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield the number and the value of each field of a serialized protobuf message, one level deep.
 
     `data` comes from sentencepiece or has been parsed by it, so it is well formed.

@@ -46,7 +46,7 @@ from lingua.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     TokenizerArgs,
-    _proto_fields,
+    proto_fields,
     build_tokenizer,
 )
 from lingua.transformer import head_sizes, hidden_size
@@ -467,7 +467,7 @@ def _byte_level(tokenizer: ByteLevelTokenizer) -> tokenizers.Tokenizer:
     alphabet = _byte_alphabet()
     vocabulary = {
         "".join(alphabet[byte] for byte in token): number
-        for number, token in enumerate(tokenizer._token_bytes)
+        for number, token in enumerate(tokenizer.token_bytes)
         if token  # special tokens have no bytes
     }
     merges = _all_merges(sorted(vocabulary, key=vocabulary.get), vocabulary)
@@ -522,10 +522,10 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     Raises ValueError for a model that is neither byte-pair encoding nor unigram.
     """
     library = _library("tokenizers")
-    model = tokenizer._model
-    fields = list(_proto_fields(model.serialized_model_proto()))
-    trainer, normalizer = (dict(_proto_fields(dict(fields)[number])) for number in (2, 3))
-    found = [dict(_proto_fields(value)) for number, value in fields if number == 1]
+    model = tokenizer.model
+    fields = list(proto_fields(model.serialized_model_proto()))
+    trainer, normalizer = (dict(proto_fields(dict(fields)[number])) for number in (2, 3))
+    found = [dict(proto_fields(value)) for number, value in fields if number == 1]
     pieces = [(piece[1].decode(), struct.unpack("<f", piece[2])[0], piece.get(3, NORMAL)) for piece in found]
     unknown, byte_fallback = pieces[model.unk_id()][0], bool(trainer.get(35, False))
     if trainer.get(3, UNIGRAM) == UNIGRAM:

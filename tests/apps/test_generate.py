@@ -99,7 +99,7 @@ def test_golden_models(name):
     ]
     generator = make(model, max_gen_len=8)
     generator.tokenizer.n_words = n_words
-    generator.tokenizer._token_bytes = [b"x"] * n_words
+    generator.tokenizer.token_bytes = [b"x"] * n_words
     generator.tokenizer.eos_id = -1
     seen = []
     for batch, batch_run in generator.runs(prompts, with_scores=True):

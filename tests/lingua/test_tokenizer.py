@@ -126,7 +126,7 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     decoded = tokenizer.decode(tokenizer.encode(text))
     if isinstance(tokenizer, tokenizer_module.SentencePieceTokenizer):
         # sentencepiece normalises: NFKC in the main, and one space for any run of whitespace.
-        text = tokenizer._model.normalize(text).replace("▁", " ").strip()
+        text = tokenizer.model.normalize(text).replace("▁", " ").strip()
     assert decoded == text
 
 
