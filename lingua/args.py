@@ -10,6 +10,7 @@ import difflib
 import functools
 import os
 import re
+import shutil
 import sys
 import types
 import typing
@@ -216,3 +217,18 @@ def _check(kind: Any, value: Any, key: str, origin: str) -> None:
         raise ValueError(f"{key}: '{value}' is neither true nor false{where}")
     elif kind in (int, float, str, bool) and isinstance(value, dict | list):
         raise ValueError(f"{key}: '{value}' where a single value is wanted{where}")
+
+
+def check_writable(key: str, folder: Path, needed: int) -> None:
+    """Raises ValueError if `folder` cannot be made or written to, or has less than `needed` bytes free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{key}: '{existing}' is a file, not a folder")
+    if os.statvfs(existing).f_flag & os.ST_RDONLY or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: '{existing}' is read-only; name a folder that can be written to")
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{key}: '{existing}' has {free / 2**20:,.1f} MiB free, and {needed / 2**20:,.1f} MiB are needed at once; "
+            "make room, or name a folder elsewhere"
+        )

@@ -425,6 +425,16 @@ def run_main(main: Callable[[], None]) -> None:
 # --- signals -------------------------------------------------------------------------------------------------------
 
 
+def _forget_stop_signals() -> None:
+    """In a forked process, such as a worker of a pool: whoever ends it by TERM is not to wait in vain."""
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignal):
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_stop_signals)
+
+
 class StopSignal:
     """Remembers, within its `with`, USR2 (SLURM's warning before a job's end) and TERM, for the loop to answer."""
 

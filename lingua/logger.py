@@ -6,6 +6,7 @@ import logging
 import logging.handlers
 import sys
 from pathlib import Path
+from typing import TextIO
 
 FORMAT = "%(levelname).1s %(asctime)s %(rank)s%(message)s"
 
@@ -21,11 +22,14 @@ class _EarlyRecords(logging.handlers.MemoryHandler):
 _OURS = (_TerminalHandler, _EarlyRecords)
 
 
-def init_logger(rank: int = 0, world_size: int = 1) -> None:
-    """Sends this process's log records to the terminal; call it before the first message."""
+def init_logger(rank: int = 0, world_size: int = 1, stream: TextIO | None = None) -> None:
+    """Sends this process's log records to the terminal; call it before the first message.
+
+    `stream`: where to, where stdout is for something else.
+    """
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if not isinstance(handler, _OURS)]
-    handler = _TerminalHandler(sys.stdout if rank == 0 else sys.stderr)
+    handler = _TerminalHandler(stream or (sys.stdout if rank == 0 else sys.stderr))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     _add(handler, f"[rank {rank}] " if world_size > 1 else "")
     # What is said before there is a log file is kept for it.

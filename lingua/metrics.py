@@ -133,7 +133,9 @@ def _place_of(line: bytes) -> tuple[float, float]:
     """Steps done, and batches of the next one."""
     try:
         metrics = json.loads(line)
-        return metrics["global_step"], metrics["acc_step"]
+        step = metrics["global_step"]
+        # Of a checkpoint without a step's name, evaluated into this run's folder: it belongs to no step.
+        return (-1, 0) if step is None else (step, metrics["acc_step"])
     except (ValueError, KeyError, TypeError):
         return float("inf"), 0
 

@@ -39,7 +39,7 @@ from apps.main.validation import (
     validate_validation_args,
     validation_files,
 )
-from lingua.args import parse_args, read_yaml, to_dict, to_yaml
+from lingua.args import check_writable, parse_args, read_yaml, to_dict, to_yaml
 from lingua.checkpoint import find_damage, list_checkpoints
 from lingua.data import VALIDATION_FILES
 from lingua.distributed import find_world, from_first_rank, process_group, run_main, together
@@ -47,6 +47,9 @@ from lingua.logger import init_logger
 from lingua.metrics import MetricsLogger, start_wandb, validate_wandb_args
 
 logger = logging.getLogger(__name__)
+
+# Bytes that must be free before the work begins.
+ROOM_FOR_RESULTS = 2**16
 
 RESULTS_FILE = "results.json"
 VALIDATION_FILE = "validation.json"
@@ -102,6 +105,8 @@ def find_checkpoints(args: EvalArgs) -> list[EvalArgs]:
         if not getattr(args, name):
             raise ValueError(f"{name}: not set")
     if args.ckpt_dir not in ("latest", "all"):
+        if not Path(args.ckpt_dir).is_dir():
+            raise ValueError(f"ckpt_dir: no folder '{args.ckpt_dir}'; name a checkpoint, or `latest` or `all` of a run")
         return [replace(args, global_step=_step_of(args.ckpt_dir) if args.global_step is None else args.global_step)]
     run = Path(args.dump_dir)
     folder = run / "checkpoints"
@@ -137,10 +142,8 @@ def _step_of(ckpt_dir: str) -> int | None:
 
 def is_done(args: EvalArgs) -> bool:
     """Whether the results of these very arguments lie in dump_dir."""
-    folder = Path(args.dump_dir)
-    wanted = [RESULTS_FILE] * (args.harness is not None) + [VALIDATION_FILE] * (args.validation is not None)
-    config = folder / "config.yaml"
-    return config.is_file() and config.read_text() == to_yaml(args) and all((folder / n).is_file() for n in wanted)
+    config = Path(args.dump_dir, "config.yaml")
+    return config.is_file() and config.read_text(encoding="utf-8") == to_yaml(args) and bool(_read_found(args))
 
 
 # --- evaluating ------------------------------------------------------------------------------------------------------
@@ -163,13 +166,15 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
         args.ckpt_dir, pick_device(generator_args.device), generator_args.dtype
     )
     generator = PackedCausalTransformerGenerator(generator_args, model, tokenizer, config["data"]["add_bos"])
+    where = torch.cuda.get_device_name() if generator.device.type == "cuda" else "the CPU"
+    logger.info("%s: %s parameters, in %s on %s", args.ckpt_dir, f"{count(model):,}", generator_args.dtype, where)
     found: dict[str, Any] = {}
     with together():
         files = validation_files(args.validation, config["data"]) if args.validation is not None else {}
         if args.validation is not None and not files and args.harness is None:
             raise ValueError(
                 f"validation.sources: nothing to validate on, and no training source has {VALIDATION_FILES}; "
-                "name a source"
+                "name one, and its folder in validation.root_dir"
             )
     if args.harness is not None:
         from apps.main import harness
@@ -181,6 +186,10 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
         if find_world().rank == 0:
             _write(args, found)
     return found
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextlib.contextmanager
@@ -196,9 +205,15 @@ def _as_it_was() -> Iterator[None]:
         torch.set_rng_state(states[2])
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
-        gc.collect()
-        if on_gpus:
-            torch.cuda.empty_cache()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Gives back what nobody needs any more, and forgets how much that was at most."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _write(args: EvalArgs, found: dict[str, Any]) -> None:
@@ -211,13 +226,13 @@ def _write(args: EvalArgs, found: dict[str, Any]) -> None:
         print(harness.tables(found["results"]), flush=True)  # noqa: T201
     if "validation" in found:
         _write_whole(folder / VALIDATION_FILE, json.dumps(found["validation"], indent=2))
-    _write_whole(folder / "config.yaml", to_yaml(args))
     if args.metric_log_dir is not None:
         Path(args.metric_log_dir).mkdir(parents=True, exist_ok=True)
         for kind, values in metrics_of(found).items():
             metrics = MetricsLogger(Path(args.metric_log_dir) / f"metrics.{kind}.jsonl")
             metrics.log({"global_step": args.global_step, "acc_step": 0, **values})
             metrics.close()
+    _write_whole(folder / "config.yaml", to_yaml(args))  # the last: with it the evaluation is done
     logger.info("evaluation: %s", folder)
 
 
@@ -231,7 +246,12 @@ def metrics_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{"eval": task -> its metrics, "validation": source -> its numbers}, without texts of single documents."""
     kinds = {}
     if "results" in found:
-        kinds["eval"] = {**found["results"]["results"], **found["results"].get("groups", {})}
+        tasks = {**found["results"]["results"], **found["results"].get("groups", {})}
+        # Tasks' own aggregations may give numbers of numpy's.
+        kinds["eval"] = {
+            task: {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+            for task, metrics in tasks.items()
+        }
     if "validation" in found:
         kinds["validation"] = found["validation"]
     return kinds
@@ -256,10 +276,13 @@ def launch_eval(args: EvalArgs) -> dict[str, Any]:
     """
     rank = find_world().rank
     with together():
-        checkpoints = find_checkpoints(args)
+        # As the first rank sees the disk: others may see it later.
+        found_here = find_checkpoints(args) if rank == 0 else []
         validate_eval_args(args)
-    # As the first rank sees the disk: others may see it later.
-    checkpoints = from_first_rank(checkpoints)
+        for key in ("dump_dir", "metric_log_dir"):
+            if rank == 0 and getattr(args, key) is not None:
+                check_writable(key, Path(getattr(args, key)), ROOM_FOR_RESULTS)
+    checkpoints = from_first_rank(found_here)
     several = args.ckpt_dir == "all"
     wandb_run, curve = None, []
     with contextlib.ExitStack() as stack:
@@ -293,8 +316,9 @@ def launch_eval(args: EvalArgs) -> dict[str, Any]:
 
 
 def _read_found(args: EvalArgs) -> dict[str, Any]:
-    files = {"results": RESULTS_FILE, "validation": VALIDATION_FILE}
-    paths = {kind: Path(args.dump_dir) / file for kind, file in files.items()}
+    wanted = {"results": RESULTS_FILE} if args.harness is not None else {}
+    wanted |= {"validation": VALIDATION_FILE} if args.validation is not None else {}
+    paths = {kind: Path(args.dump_dir) / file for kind, file in wanted.items()}
     return {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in paths.items() if path.is_file()}
 
 

@@ -152,7 +152,8 @@ def load_consolidated_model_and_tokenizer(
         with torch.device("meta"):
             model = LMTransformer(model_args)
         _set_dtype(model, DTYPES[dtype])
-        model.to_empty(device=device or torch.device("cpu"))
+        with explaining_memory("generator.dtype: the whole model does not fit this GPU's memory, beside what is there"):
+            model.to_empty(device=device or torch.device("cpu"))
         model.rope_embeddings.reset_parameters()
     load_model(path, model)
     if isinstance(model.output, TiedOutput) and dtype != "fp32":
@@ -529,14 +530,12 @@ class _GraphedStep:
 
 
 @contextlib.contextmanager
-def explaining_memory(args: GeneratorArgs) -> Iterator[None]:
-    """Turns a GPU's running out of memory into a ValueError that names the key to turn down."""
+def explaining_memory(message: str) -> Iterator[None]:
+    """Turns a GPU's running out of memory into a ValueError of this message."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"generator.max_tokens: {args.max_tokens} tokens at once do not fit the GPU's memory; lower it"
-        ) from None
+        raise ValueError(message) from None
 
 
 class Progress:
@@ -649,10 +648,13 @@ def answer_one(generator: PackedCausalTransformerGenerator, prompt: str) -> dict
 
 
 def main() -> None:
-    args = parse_args(GenerateArgs)
+    # A prompt is text as it is, and no YAML, in which "Question: what" would be a mapping.
+    verbatim = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompt=")]
+    args = parse_args(GenerateArgs, [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")])
+    args.prompt = verbatim[-1] if verbatim else args.prompt
     if find_world().size > 1:
         raise ValueError("generate runs as one process; start it without torchrun")
-    init_logger()
+    init_logger(stream=sys.stderr)
     validate_generate_args(args)
     prompts = read_prompts(Path(args.prompt_file)) if args.prompt_file is not None else args.prompts
     model, tokenizer, config = load_consolidated_model_and_tokenizer(args.ckpt, pick_device(args.device), args.dtype)

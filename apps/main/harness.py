@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import lm_eval
 import torch.distributed as dist
+import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds between the first rank's signs of life while lm-eval loads tasks or works out metrics: the others wait no
 # longer than the process group's time limit.
-HEARTBEAT = 30.0
+HEARTBEAT = 5.0
 
 # What lm-eval's tasks call the limit of a continuation, the first one counting.
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -128,8 +129,13 @@ def validate_harness_args(harness: Any, prefix: str = "") -> None:
     for task in tasks:
         if not isinstance(_name_of(task), str):
             raise ValueError(f"{key}.tasks: '{task}' is neither a name nor a mapping with `task`")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"{key}.include_path: no folder '{include_path}'")
+    limit, n_shots = harness.get("limit"), harness.get("num_fewshot")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        raise ValueError(f"{key}.limit: '{limit}' is no number above 0 (below 1: a part of each task's documents)")
+    if n_shots is not None and (isinstance(n_shots, bool) or not isinstance(n_shots, int) or n_shots < 0):
+        raise ValueError(f"{key}.num_fewshot: '{n_shots}' is no whole number of 0 or more")
+    if include_path is not None:
+        _refuse_broken_tasks(f"{key}.include_path", include_path)
     try:
         with _quiet():
             manager = _task_manager(harness)
@@ -143,16 +149,33 @@ def validate_harness_args(harness: Any, prefix: str = "") -> None:
             raise ValueError(f"{key}.tasks: lm-eval knows no task '{name}'; {hint}")
 
 
+def _refuse_broken_tasks(key: str, include_path: Any) -> None:
+    """lm-eval passes over a file that is no YAML, and then does not know the task in it."""
+    if not isinstance(include_path, str) or not Path(include_path).is_dir():
+        raise ValueError(f"{key}: no folder '{include_path}'")
+    for file in sorted(Path(include_path).rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}:{mark.line + 1}" if mark else str(file)
+            raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's reports of each of its steps, in the midst of a log; its warnings stay."""
-    of_lm_eval = logging.getLogger("lm_eval")
-    before = of_lm_eval.level
-    of_lm_eval.setLevel(logging.WARNING)
+    """Without lm-eval's reports of each of its steps, and of each metric whose defaults a task relies on."""
+    levels = {"lm_eval": logging.WARNING, "lm_eval.api.task": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        of_lm_eval.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 # --- many ranks, one generator ---------------------------------------------------------------------------------------
@@ -256,11 +279,17 @@ class SharedGenerator:
             round_of = batches[first : first + self.size]
             if self.rank < len(round_of) and isinstance(mine, dict):
                 batch = round_of[self.rank]
+                max_tokens = self.generator.args.max_tokens
+                too_large = f"generator.max_tokens: {max_tokens} tokens at once do not fit a GPU's memory; lower it"
                 try:
-                    with explaining_memory(self.generator.args):
+                    with explaining_memory(too_large):
                         mine.update(zip(batch, self._answer(task, batch, first + self.rank), strict=True))
-                except Exception as error:  # the first rank is told, and raises it
-                    mine = error
+                except Exception as error:
+                    if self.size == 1:
+                        raise
+                    # The first rank is told, and raises it: in words, since not every exception can be sent.
+                    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                    mine = ValueError(f"{kind}{first_line(error)}")
             if self.rank == 0:
                 progress.add(sum(map(len, round_of)))
         return gather_objects(mine)
@@ -307,6 +336,9 @@ class LinguaLM(TemplateLM):
         add_bos = self.generator.add_bos if add_special_tokens is None else add_special_tokens
         add_bos = add_bos and self.generator.tokenizer.bos_id >= 0
         return self.generator.tokenizer.encode(string, add_bos=add_bos, add_eos=False)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # its bar is of encoding, which takes no time
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
@@ -378,26 +410,24 @@ class LinguaLM(TemplateLM):
 
 
 def generation_args(defaults: GeneratorArgs, given: dict[str, Any]) -> GeneratorArgs:
-    """How to continue a request: as its task says, and where that says nothing as the config does.
+    """How to continue a request: as its task says, greedily where that says nothing, and by default to the config's
+    `max_gen_len`.
 
     Raises ValueError for arguments of another kind of generation.
     """
     given = dict(given)
     lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
-    until = given.pop("until", None)
+    until = given.pop("until", None) or []
     do_sample, temperature = given.pop("do_sample", None), given.pop("temperature", None)
-    if do_sample is False:
-        temperature = 0.0
-    elif temperature is None:
-        # A task that samples and does not say how: as it is.
-        temperature = 1.0 if do_sample and defaults.temperature == 0 else defaults.temperature
+    if temperature is None:
+        temperature = 1.0 if do_sample else 0.0
     args = replace(
         defaults,
-        temperature=float(temperature),
-        top_p=given.pop("top_p", defaults.top_p),
-        top_k=given.pop("top_k", defaults.top_k) or None,
+        temperature=0.0 if do_sample is False else float(temperature),
+        top_p=given.pop("top_p", None),
+        top_k=given.pop("top_k", None) or None,
         max_gen_len=int(next((length for length in lengths if length is not None), defaults.max_gen_len)),
-        until=[until] if isinstance(until, str) else [stop for stop in until or defaults.until if stop],
+        until=[until] if isinstance(until, str) else [stop for stop in until if stop],
     )
     for name, value in given.items():
         if name not in _NEUTRAL or _NEUTRAL[name] != value:
@@ -426,9 +456,12 @@ def run_harness(
                     manager = _task_manager(harness)
                     arguments["tasks"] = _load_tasks(manager, harness["tasks"])
                     results = lm_eval.simple_evaluate(model=LinguaLM(shared), task_manager=manager, **arguments)
-            except (ValueError, EvaluationStopped):
+            except EvaluationStopped:
                 raise
-            except Exception as error:  # of any kind, out of the code of tasks and of those who made their data
+            except ValueError as error:  # of ours, or of lm-eval's, which says what is wrong but not where
+                raise ValueError(f"harness: {error}") from error
+            # Of any kind, out of the code of tasks and of those who made their data; some call sys.exit.
+            except (Exception, SystemExit) as error:
                 raise ValueError(
                     f"harness.tasks: lm-eval failed ({type(error).__name__}: {first_line(error)})"
                 ) from error

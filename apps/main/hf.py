@@ -33,7 +33,7 @@ import torch
 
 from apps.main.generate import load_consolidated_model_and_tokenizer
 from apps.main.transformer import LMTransformer, LMTransformerArgs
-from lingua.args import first_line, from_dict, parse_args, to_dict, to_yaml
+from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, to_yaml
 from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FILE, read_json
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, run_main
@@ -46,8 +46,8 @@ from lingua.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     TokenizerArgs,
-    proto_fields,
     build_tokenizer,
+    proto_fields,
 )
 from lingua.transformer import head_sizes, hidden_size
 
@@ -107,7 +107,7 @@ AWKWARD_TEXTS = (
 
 @dataclass
 class ExportArgs:
-    """`ckpt_dir`: a checkpoint, distributed or consolidated; `dtype`: of the weights, null for them as they are."""
+    """`ckpt_dir`: a checkpoint, distributed or consolidated; `dtype`: of the weights, fp32 where null."""
 
     ckpt_dir: str = ""
     out_dir: str = ""
@@ -188,21 +188,35 @@ def import_hf(
         raise ValueError(f"hf_dir: no config.json in '{hf_dir}'")
     args = _model_args(read_json(config_file), config_file)
     args.productkey_args, args.seed = productkey_args or ProductKeyArgs(), seed
+    if args.productkey_args.layers and not args.productkey_args.is_enabled:
+        raise ValueError(
+            f"productkey_args.layers: '{args.productkey_args.layers}', but is_enabled is false; set it to true"
+        )
     state = _imported_state(args, hf_dir)
     with _written_whole(out_dir) as folder:
         data = _bring_tokenizer(hf_dir, folder, out_dir)
         torch.save({"model": state}, folder / CONSOLIDATED_FILE)
         params = {"model": to_dict(args), "data": to_dict(data)}
         (folder / CONFIG_FILE).write_text(json.dumps(params), encoding="utf-8")
-        start = _StartConfig(args, _StartData(data.add_bos, data.add_eos, data.tokenizer), _StartWeights(str(out_dir)))
+        start = _StartConfig(
+            args,
+            _StartData(args.max_seqlen, data.add_bos, data.add_eos, data.tokenizer),
+            _StartWeights(str(out_dir)),
+        )
         (folder / "config.yaml").write_text(to_yaml(start), encoding="utf-8")
-    logger.info("wrote a model of %d blocks to %s", args.n_layers, out_dir)
+    fresh = (
+        f", with fresh memories in blocks {args.productkey_args.layers}"
+        if productkey_args is not None and productkey_args.is_enabled
+        else ""
+    )
+    logger.info("wrote a model of %d blocks to %s%s", args.n_layers, out_dir, fresh)
     logger.info("start training from it with config=%s/config.yaml and your data, dump_dir and optim", out_dir)
     return out_dir
 
 
 @dataclass
 class _StartData:
+    seq_len: int
     add_bos: bool
     add_eos: bool
     tokenizer: TokenizerArgs
@@ -314,8 +328,13 @@ def _model_args(config: dict[str, Any], file: Path) -> LMTransformerArgs:
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise ValueError(f"{file}: {key} is {config.get(key)!r}, wanted a number of 1 or more")
     # transformers 4 says it in rope_scaling and rope_theta, 5 in rope_parameters.
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{file}: {key} is {config[key]!r}, wanted an object or null")
+    kinds = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    rope = {**kinds[0], **kinds[1]}
+    types = [kind.get("rope_type", kind.get("type", "default")) for kind in kinds]
+    rope_type = next((name for name in types if name != "default"), "default")
     per_layer = any(isinstance(value, dict) for value in rope.values())
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1
     if rope_type != "default" or per_layer or partial != 1:
@@ -416,9 +435,11 @@ def _weight_files(hf_dir: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         pickled = next(iter(sorted(hf_dir.glob("pytorch_model*.bin"))), None)
-        found = f"{pickled.name} is a pickle, which can run code when it is read" if pickled else "there is neither"
+        found = f"{pickled.name} is a pickle, which can run code when it is read" if pickled else "no weights"
         raise ValueError(f"{hf_dir}: {found}; wanted model.safetensors or model.safetensors.index.json")
     weight_map = read_json(index, ("weight_map",))["weight_map"]
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map is no mapping of tensors to files; fetch it again")
     files = [hf_dir / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
@@ -666,6 +687,7 @@ def _fresh_folder(out_dir: str | Path) -> Path:
     if not str(out_dir):
         raise ValueError("out_dir: not set; name a folder to write to")
     folder = Path(out_dir).absolute()
+    check_writable("out_dir", folder, 2**16)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out_dir: '{folder}' is there already, and is no empty folder; name another one")
     return folder

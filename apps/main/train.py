@@ -25,7 +25,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from apps.main.eval import EvalArgs, evaluate_checkpoint, flat_metrics, is_done, validate_eval_args
+from apps.main.eval import (
+    EvalArgs,
+    evaluate_checkpoint,
+    flat_metrics,
+    free_memory,
+    is_done,
+    validate_eval_args,
+)
 from apps.main.transformer import (
     LMTransformer,
     LMTransformerArgs,
@@ -34,7 +41,7 @@ from apps.main.transformer import (
     validate_model_args,
 )
 from apps.main.validation import EvaluationStopped, validation_files
-from lingua.args import from_dict, looks_secret, parse_args, to_dict, to_yaml
+from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
 from lingua.data import (
     DataArgs,
@@ -176,21 +183,8 @@ def validate_evaluation(args: TrainArgs) -> None:
     validate_eval_args(wanted, "eval.")
     has_files = wanted.validation is not None and validation_files(wanted.validation, to_dict(args.data))
     if not has_files and wanted.harness is None:
-        raise ValueError("eval.validation.sources: nothing to validate on: no source has *.val.jsonl; name one")
-
-
-def check_writable(key: str, folder: Path, needed: int) -> None:
-    """Raises ValueError if `folder` cannot be made or written to, or has less than `needed` bytes free."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{key}: '{existing}' is a file, not a folder")
-    if os.statvfs(existing).f_flag & os.ST_RDONLY or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}: '{existing}' is read-only; name a folder that can be written to")
-    free = shutil.disk_usage(existing).free
-    if free < needed:
         raise ValueError(
-            f"{key}: '{existing}' has {free / 2**20:,.1f} MiB free, and {needed / 2**20:,.1f} MiB are needed at once; "
-            "make room, or name a folder elsewhere"
+            "eval.validation.sources: nothing to validate on: no source has *.val.jsonl; name one, and its root_dir"
         )
 
 
@@ -246,7 +240,8 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
 def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
     """What section `eval` asks for, of the checkpoint of `step`, into the run's folders.
 
-    It computes as training does where it does not say otherwise. Raises ValueError for what is no section of EvalArgs.
+    Where it does not say otherwise it computes as training does, and generates within training's length. Raises
+    ValueError for what is no section of EvalArgs.
     """
     if not isinstance(args.eval, dict):
         raise ValueError(f"eval: '{args.eval}' where a section of keys and values is wanted")
@@ -258,8 +253,11 @@ def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
         wanted = from_dict(EvalArgs, {k: v for k, v in args.eval.items() if k not in of_the_run}, "section eval")
     except ValueError as error:
         raise ValueError(f"eval.{error}") from None
-    if "dtype" not in (args.eval.get("generator") or {}):
+    given = args.eval.get("generator") or {}
+    if "dtype" not in given:
         wanted.generator.dtype = args.distributed.model_dtype
+    if "max_gen_len" not in given:
+        wanted.generator.max_gen_len = max(min(wanted.generator.max_gen_len, args.data.seq_len // 2), 1)
     checkpoints = Path(args.checkpoint.path or Path(args.dump_dir) / "checkpoints")
     wanted.ckpt_dir = str(checkpoints / f"{step:010d}")
     wanted.dump_dir = str(Path(args.dump_dir) / "evals" / f"{step:010d}")
@@ -294,6 +292,7 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
     except SystemExit:  # another rank has said what is wrong
         pass
     finally:
+        free_memory()  # what an error kept alive, too
         run.stopwatch.restart_lap()
 
 
@@ -387,6 +386,7 @@ class Run:
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
             load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+            logger.info("weights from %s", args.checkpoint.init_ckpt_path)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.args.distributed.model_dtype]

@@ -31,8 +31,8 @@ class EvaluationStopped(Exception):
 
 
 def check_stop(should_stop: Callable[[], bool] | None) -> None:
-    """All ranks call it together."""
-    if should_stop is not None and any_rank(should_stop())[0]:
+    """All ranks call it together, which also keeps them together: nobody waits for a slower one longer than a batch."""
+    if any_rank(should_stop is not None and should_stop())[0]:
         raise EvaluationStopped
 
 
@@ -93,13 +93,15 @@ def validate_source(
     where `should_stop` says so on any.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    size = dist.get_world_size() if dist.is_initialized() else 1
+    n_ranks = dist.get_world_size() if dist.is_initialized() else 1
     max_rows = None if max_steps is None else max_steps * train_data["batch_size"]
     at_once = max(generator.args.max_tokens, train_data["batch_size"] * generator.model.max_seqlen)
     totals = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0}
     losses: list[float] = []  # of this rank's rows
     n_rows = 0
-    progress = Progress(sum(path.stat().st_size for path in files), "bytes read at most", generator.args.show_progress)
+    # How many rows there are is known where max_steps says it; else files are a little larger than their text.
+    size, of_what = (sum(path.stat().st_size for path in files), "bytes") if max_rows is None else (max_rows, "rows")
+    progress = Progress(size, f"{of_what} of {files[0].parent.name} scored", generator.args.show_progress)
     documents = itertools.chain.from_iterable(map(read_documents, files))
     while max_rows is None or n_rows < max_rows:
         check_stop(should_stop)
@@ -107,7 +109,8 @@ def validate_source(
             texts = list(itertools.islice(documents, DOCUMENTS_AT_ONCE))
             # Each rank encodes some of them, and tells the others.
             encoded = [
-                generator.tokenizer.encode(t, train_data["add_bos"], train_data["add_eos"]) for t in texts[rank::size]
+                generator.tokenizer.encode(t, train_data["add_bos"], train_data["add_eos"])
+                for t in texts[rank::n_ranks]
             ]
         if not texts:
             break
@@ -120,16 +123,19 @@ def validate_source(
             totals["n_documents"] += 1
             totals["n_tokens"] += max(len(tokens) - 1, 0)
             totals["n_bytes"] += len(text.encode(errors="replace"))
-        n_rows += len(rows)
+        done, n_rows = progress.done, n_rows + len(rows)
+        doing = (totals["n_bytes"] if max_rows is None else min(n_rows, max_rows)) - done
         batches = batches_by_length([len(row) - 1 for row in rows], at_once)
-        with together(), explaining_memory(generator.args):
-            for batch in batches[rank::size]:
+        too_large = f"generator.max_tokens, or data.batch_size: {at_once} tokens at once do not fit the GPU's memory"
+        with together(), explaining_memory(too_large):
+            for number, batch in enumerate(batches[rank::n_ranks], start=1):
                 losses += [-ll.double().sum().item() for ll, _ in generator.score_batch([rows[i] for i in batch])]
+                progress.done = done + doing * number * n_ranks // (len(batches) + n_ranks)
                 if rank == 0:
                     progress.show()
-        progress.done = totals["n_bytes"]
-    if totals["n_tokens"] == 0:
-        raise ValueError(f"{files[0].parent}: no tokens in its validation files")
+        progress.done = done + doing
+    if totals["n_tokens"] == 0 or totals["n_bytes"] == 0:
+        raise ValueError(f"{files[0].parent}: no text in its validation files")
     # Summed exactly, so that it does not matter which rank found what.
     nll = math.fsum(itertools.chain.from_iterable(gather_objects(losses)))
     return {"loss": nll / totals["n_tokens"], "bits_per_byte": nll / math.log(2) / totals["n_bytes"], **totals}

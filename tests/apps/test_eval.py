@@ -14,6 +14,7 @@ from training import run_command
 from apps.main.eval import EvalArgs, find_checkpoints, launch_eval
 from apps.main.generate import GeneratorArgs, load_consolidated_model_and_tokenizer
 from apps.main.validation import ValidationArgs, rows_of
+from lingua.metrics import drop_metrics_after
 from lingua.transformer import cross_entropy
 
 
@@ -193,12 +194,16 @@ def test_a_checkpoint_that_is_cut_off(checkpoint, tmp_path):
     [
         ({"ckpt_dir": ""}, "ckpt_dir: not set"),
         ({"dump_dir": None}, "dump_dir: not set"),
-        ({"ckpt_dir": "/nowhere"}, "ckpt: no folder '/nowhere'"),
+        ({"ckpt_dir": "/nowhere"}, "ckpt_dir: no folder '/nowhere'"),
         ({"harness": ["x"]}, "harness: .* where a section"),
         ({"harness": {"tasks": []}}, "harness.tasks: wanted a list of tasks"),
         ({"harness": {"tasks": ["x"], "limt": 3}}, "harness.limt: unknown key; did you mean limit"),
         ({"harness": {"tasks": [{"num_fewshot": 3}]}}, "harness.tasks: .* is neither a name nor a mapping"),
         ({"harness": {"tasks": ["x"], "include_path": "/nowhere"}}, "harness.include_path: no folder '/nowhere'"),
+        ({"harness": {"tasks": ["x"], "limit": 0}}, "harness.limit: '0' is no number above 0"),
+        ({"harness": {"tasks": ["x"], "num_fewshot": "abc"}}, "harness.num_fewshot: 'abc' is no whole number"),
+        ({"dump_dir": "/proc/nowhere/x"}, "dump_dir: '/proc' has 0.0 MiB free"),
+        ({"metric_log_dir": "/dev/null/x"}, "metric_log_dir: '/dev/null' is a file"),
         ({"harness": {"tasks": ["hellaswagg"]}}, "lm-eval knows no task 'hellaswagg'; did you mean hellaswag"),
         ({"harness": {"tasks": ["hellaswag"], "apply_chat_template": True}}, "harness.apply_chat_template: "),
         ({"wandb": {"projct": "x"}}, "wandb.projct: wandb.init has no such argument"),
@@ -222,6 +227,15 @@ def test_bad_arguments_end_in_one_line(checkpoint, tmp_path, changes, message):
     assert not (tmp_path / "evals").exists()
 
 
+def test_a_task_file_that_is_no_yaml(checkpoint, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "bad.yaml").write_text("task: bad\nmetric_list: [a, b\ntest_split: x: y\n")
+    args = arguments(checkpoint, tmp_path)
+    args.harness = {"tasks": ["bad"], "include_path": str(tmp_path / "tasks")}
+    with pytest.raises(ValueError, match=r"bad\.yaml:\d: not YAML"):
+        launch_eval(args)
+
+
 def test_a_line_that_is_no_document(checkpoint, tmp_path):
     source = tmp_path / "more" / "bad"
     source.mkdir(parents=True)
@@ -229,6 +243,34 @@ def test_a_line_that_is_no_document(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"x\.val\.jsonl"):
         validate(checkpoint, tmp_path, root_dir=str(tmp_path / "more"), sources=["bad"], use_val_from_train_src=False)
     assert not (tmp_path / "evals").exists()
+
+
+def test_files_without_text(checkpoint, tmp_path):
+    source = tmp_path / "more" / "empty"
+    source.mkdir(parents=True)
+    (source / "x.val.jsonl").write_text('{"text": ""}\n' * 3)
+    with pytest.raises(ValueError, match="empty: no text in its validation files"):
+        validate(checkpoint, tmp_path, root_dir=str(tmp_path / "more"), sources=["empty"], use_val_from_train_src=False)
+
+
+def test_numbers_of_no_step_stay_when_a_run_goes_on(checkpoint, tmp_path):
+    """Of a checkpoint in a folder that is named by no step, evaluated into a run's own metrics."""
+    shutil.copytree(checkpoint, tmp_path / "somewhere")
+    validate(tmp_path / "somewhere", tmp_path)
+    validate(checkpoint, tmp_path)
+    file = tmp_path / "metrics.validation.jsonl"
+    assert [line["global_step"] for line in read_lines(file)] == [None, 7]
+    assert drop_metrics_after(file, 6) == 1
+    assert [line["global_step"] for line in read_lines(file)] == [None]
+
+
+def test_what_was_not_asked_for_is_not_told(tmp_path):
+    """Tasks' results of an earlier evaluation are no part of one without tasks."""
+    run = write_run(tmp_path / "run")
+    args = EvalArgs(ckpt_dir="all", dump_dir=str(run), generator=GeneratorArgs(dtype="fp32", device="cpu"))
+    launch_eval(args)
+    (run / "evals" / "0000000007" / "results.json").write_text('{"results": {"old": {"acc,none": 1.0}}}')
+    assert set(launch_eval(args)) == {"validation"}
 
 
 def test_wandb_gets_the_numbers(checkpoint, tmp_path, monkeypatch):

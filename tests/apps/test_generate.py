@@ -418,7 +418,7 @@ def test_prompts_from_arguments_and_files_get_the_same_text(command, tmp_path):
     command(f"prompt_file={file}", f"out={tmp_path}/file")
     command(f"prompts={json.dumps(prompts)}", f"out={tmp_path}/list", "max_tokens=1")
     for prompt in prompts:
-        command(f"prompt={json.dumps(prompt)}", f"out={tmp_path}/one")
+        command(f"prompt={prompt}", f"out={tmp_path}/one")
         (line,) = read_lines(tmp_path / "one")
         assert line in read_lines(tmp_path / "file")
     assert read_lines(tmp_path / "file") == read_lines(tmp_path / "list")
@@ -466,6 +466,14 @@ def test_bad_arguments_end_in_one_line(command, tmp_path, argument, message):
         command(argument)
     assert "\n" not in str(caught.value)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Question: what", "1e3", "x ", "null", "", "- a\nb\n", "${HOME}", '"quoted" x', "a=b"]
+)
+def test_a_prompt_is_text_as_it_is(command, tmp_path, prompt):
+    command(f"prompt={prompt}", f"out={tmp_path}/out")
+    assert [line["prompt"] for line in read_lines(tmp_path / "out")] == [prompt]
 
 
 def test_two_kinds_of_prompts(command):

@@ -146,7 +146,7 @@ def test_requests_with_differing_arguments():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, {"temperature": 0.0, "max_gen_len": 8, "until": ["U"]}),
+        ({}, {"temperature": 0.0, "top_p": None, "max_gen_len": 8, "until": []}),
         ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
         ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"temperature": 0.7, "top_p": 0.9, "top_k": 5}),
         ({"do_sample": True}, {"temperature": 1.0}),
@@ -155,7 +155,7 @@ def test_requests_with_differing_arguments():
     ],
 )
 def test_what_a_task_says_of_generation(given, expected):
-    args = generation_args(GeneratorArgs(max_gen_len=8, until=["U"]), given)
+    args = generation_args(GeneratorArgs(max_gen_len=8, until=["U"], temperature=0.5, top_p=0.5), given)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -317,6 +317,66 @@ def test_lm_evals_own_backend_says_the_same_of_the_exported_model(world, tmp_pat
             assert str(mine[0][1]) == str(its[0][1])
 
 
+def write_task(folder, name, tasks, old, new, extra=""):
+    """A folder with one task: facts_choice or facts_gen with something replaced, and Python code beside it."""
+    folder.mkdir()
+    base = "facts_gen" if name.startswith("gen") else "facts_choice"
+    text = (tasks / f"{base}.yaml").read_text().replace(f"task: {base}", f"task: {name}")
+    assert old in text
+    (folder / f"{name}.yaml").write_text(text.replace(old, new))
+    (folder / "code.py").write_text(extra)
+    return folder
+
+
+def test_metrics_of_numpys_types(world, tmp_path):
+    _, tasks, run, _ = world
+    code = "import numpy\n\ndef mean(items):\n    return numpy.float32(sum(items) / len(items))\n"
+    mine = write_task(tmp_path / "t", "choice_np", tasks, "aggregation: mean", "aggregation: !function code.mean", code)
+    args = EvalArgs(ckpt_dir=str(run / "checkpoints" / "0000000120"), dump_dir=str(tmp_path / "e"), validation=None)
+    args.generator = GeneratorArgs(dtype="fp32", device="cpu")
+    args.metric_log_dir = str(tmp_path)
+    args.harness = {"tasks": ["choice_np"], "include_path": str(mine), "bootstrap_iters": 0}
+    launch_eval(args)
+    line = json.loads((tmp_path / "metrics.eval.jsonl").read_text())
+    assert line["choice_np"]["acc,none"] == 1.0
+
+
+def test_a_task_that_exits_ends_in_one_line_on_all_ranks(world, tmp_path):
+    _, tasks, run, _ = world
+    code = "import sys\n\ndef mean(items):\n    sys.exit(3)\n"
+    mine = write_task(
+        tmp_path / "t", "choice_exit", tasks, "aggregation: mean", "aggregation: !function code.mean", code
+    )
+    harness_args = json.dumps({"tasks": ["choice_exit"], "include_path": str(mine)})
+    result = run_command(
+        [
+            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
+            *(f"ckpt_dir={run}/checkpoints/0000000060", f"dump_dir={tmp_path}/two", "validation=null"),
+            *("generator.dtype=fp32", "generator.device=cpu", f"harness={harness_args}"),
+        ]
+    )
+    assert result.code != 0
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: harness.tasks: lm-eval failed (SystemExit: 3)"]
+
+
+def test_memory_that_is_short_is_told_in_words(world, tmp_path, monkeypatch):
+    _, tasks, run, _ = world
+    checkpoint = run / "checkpoints" / "0000000060"
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LMTransformer, "hidden_states", no_memory)
+        with pytest.raises(ValueError, match="generator.max_tokens: 300 tokens at once do not fit"):
+            evaluate(checkpoint, tmp_path / "a", tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(LMTransformer, "to_empty", no_memory)
+        with pytest.raises(ValueError, match="the whole model does not fit this GPU's memory"):
+            evaluate(checkpoint, tmp_path / "b", tasks)
+
+
 # --- during training -------------------------------------------------------------------------------------------------
 
 
@@ -335,12 +395,15 @@ def test_training_is_not_disturbed(world, tmp_path):
     assert "evaluating step 120" in (run / "train.log").read_text()
 
 
-def test_on_all_ranks_of_any_layout(world, tmp_path):
-    """2 ranks with a table split by columns evaluate what one process evaluates of the same checkpoint."""
+@pytest.mark.parametrize(
+    "layout", [{"memory_parallel_size": 2}, {"tp_size": 2}, {"fsdp_type": "full_shard", "dp_shard": 2}], ids=str
+)
+def test_on_all_ranks_of_any_layout(world, tmp_path, layout):
+    """2 ranks, however the model is split over them, evaluate what one process evaluates of the same checkpoint."""
     folder, tasks, _, _ = world
     config = facts_config(folder / "data", tmp_path / "run")
     config |= {"steps": 20, "checkpoint": {"dump": {"every": 0}, "eval": {"every": 20}}}
-    config["distributed"] |= {"memory_parallel_size": 2}
+    config["distributed"] |= layout
     config["eval"] = {"generator": {"max_tokens": 300}, "harness": {"tasks": TASKS, "include_path": str(tasks)}}
     for rank in start_ranks(2, [f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path):
         rank.finish().ok()

@@ -535,6 +535,8 @@ def refusal(function, *arguments, out):
         ({"model_type": "gemma"}, "model_type is 'gemma'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "'llama3'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),  # beside rope_parameters
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', wanted an object"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one for each kind of layer"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
@@ -567,8 +569,11 @@ def test_files_that_cannot_be_imported(tmp_path):
     assert f"{shard}: missing" in refusal(import_hf, folder, out, out=out)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert 'has no "weight_map"' in refusal(import_hf, folder, out, out=out)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    assert "weight_map is no mapping" in refusal(import_hf, folder, out, out=out)
+    assert "is_enabled is false" in refusal(import_hf, folder, out, ProductKeyArgs(layers="1"), out=out)
     (folder / "model.safetensors.index.json").unlink()
-    assert "there is neither" in refusal(import_hf, folder, out, out=out)
+    assert "no weights; wanted model.safetensors" in refusal(import_hf, folder, out, out=out)
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert "pytorch_model.bin is a pickle" in refusal(import_hf, folder, out, out=out)
     (folder / "config.json").unlink()
@@ -600,7 +605,7 @@ def test_exports_that_cannot_be_done(exported, tmp_path):
     out.mkdir()
     (out / "precious").touch()
     assert "is no empty folder" in refusal(export_hf, checkpoint, out, out=out)
-    assert "is no empty folder" in refusal(export_hf, checkpoint, out / "precious", out=out)
+    assert "is a file, not a folder" in refusal(export_hf, checkpoint, out / "precious", out=out)
     assert "is no empty folder" in refusal(import_hf, checkpoint, out, out=out)
     (out / "precious").unlink()
     assert (export_hf(checkpoint, out) / "config.json").exists()  # an empty one is filled

@@ -1,12 +1,15 @@
 """The helper of the other tests: what a rank returns or raises must come out of it."""
 
 import os
+import signal
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+
+from lingua.distributed import StopSignal
 
 
 def add(number: int) -> dict[str, object]:
@@ -46,3 +49,17 @@ def test_an_error_of_any_rank_is_shown(monkeypatch, how, message):
     monkeypatch.setattr("ranks.PATIENCE_WITH_OTHERS", 1)
     with pytest.raises(AssertionError, match=f"(?s){message}"):
         run_ranks(3, fail_on_rank_1, how, patience=4 if how == "hangs" else 60)
+
+
+def test_stop_signals_end_forked_processes():
+    """Which are others', such as a pool's workers, that a pool ends by TERM and waits for."""
+    with StopSignal() as stop_signal:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop_signal.name == "SIGUSR2"
