@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -314,7 +314,9 @@ class PackedCausalTransformerGenerator:
             texts.update(zip(batch, (continuation.text for continuation in run.continuations), strict=True))
             scores.update(zip(batch, run.scores, strict=True))
         order = range(len(tokens))
-        return [texts[i] for i in order], [scores[i][0] for i in order], [scores[i][1] for i in order]
+        # Copies, since what is made in inference mode cannot be worked on in place outside of it.
+        likelihoods, greedy = ([scores[i][kind].clone() for i in order] for kind in (0, 1))
+        return [texts[i] for i in order], likelihoods, greedy
 
     def runs(self, prompts: list[list[int]], with_scores: bool = False) -> Iterator[tuple[list[int], BatchRun]]:
         """Continues all prompts, batch by batch: (which ones, their finished run). Logs how far it is."""
@@ -605,8 +607,10 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def describe(prompt: str, run: BatchRun, place: int = 0) -> dict[str, Any]:
-    """A line of `out`."""
+Answer = dict[str, Any]  # a line of `out`
+
+
+def describe(prompt: str, run: BatchRun, place: int = 0) -> Answer:
     continuation = run.continuations[place]
     return {
         "prompt": prompt,
@@ -617,12 +621,49 @@ def describe(prompt: str, run: BatchRun, place: int = 0) -> dict[str, Any]:
     }
 
 
-def answer_all(generator: PackedCausalTransformerGenerator, prompts: list[str]) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def saving(out: str | None) -> Iterator[Callable[[Answer], None]]:
+    """Gives a function that saves an answer beside the file `out`, in OUT.part, at once and in any order.
+
+    The caller writes `out` itself when all is done. Where something ends it before, what was saved stays.
+    """
+    if out is None:
+        yield lambda answer: None
+        return
+    part = Path(f"{out}.part")
+    with open(part, "w", encoding="utf-8") as file:
+
+        def save(answer: Answer) -> None:
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
+
+        try:
+            yield save
+        except BaseException:
+            if file.tell() == 0:
+                part.unlink()
+            else:
+                logger.warning("not all prompts are done; the texts so far are in %s", part)
+            raise
+    part.unlink()
+
+
+def write_answers(out: str, answers: list[Answer]) -> None:
+    beside = Path(f"{out}.tmp")
+    beside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    beside.rename(out)
+
+
+def answer_all(
+    generator: PackedCausalTransformerGenerator, prompts: list[str], save: Callable[[Answer], None]
+) -> list[Answer]:
     """All prompts, in batches; prints each with its text when all are done."""
-    answers: dict[int, dict[str, Any]] = {}
+    answers: dict[int, Answer] = {}
     start = time.monotonic()
     for batch, run in generator.runs([generator.encode(prompt) for prompt in prompts]):
-        answers.update((number, describe(prompts[number], run, place)) for place, number in enumerate(batch))
+        for place, number in enumerate(batch):
+            answers[number] = describe(prompts[number], run, place)
+            save(answers[number])
     passed = time.monotonic() - start
     n_tokens = sum(answer["n_tokens"] for answer in answers.values())
     logger.info("%s prompts, %s tokens in %.1f s (%.0f a second)", len(prompts), n_tokens, passed, n_tokens / passed)
@@ -632,7 +673,7 @@ def answer_all(generator: PackedCausalTransformerGenerator, prompts: list[str]) 
     return ordered
 
 
-def answer_one(generator: PackedCausalTransformerGenerator, prompt: str) -> dict[str, Any]:
+def answer_one(generator: PackedCausalTransformerGenerator, prompt: str, save: Callable[[Answer], None]) -> Answer:
     """Prints the prompt, and its text as it comes."""
     sys.stdout.write(prompt)
     sys.stdout.flush()
@@ -644,7 +685,9 @@ def answer_one(generator: PackedCausalTransformerGenerator, prompt: str) -> dict
         sys.stdout.flush()
         shown = max(shown, len(text))
     sys.stdout.write("\n")
-    return describe(prompt, run)
+    answer = describe(prompt, run)
+    save(answer)
+    return answer
 
 
 def main() -> None:
@@ -660,20 +703,18 @@ def main() -> None:
     model, tokenizer, config = load_consolidated_model_and_tokenizer(args.ckpt, pick_device(args.device), args.dtype)
     generator = PackedCausalTransformerGenerator(args, model, tokenizer, config["data"]["add_bos"])
     cut_prompts([], args, model.max_seqlen)
-    if prompts:
-        answers = answer_all(generator, prompts)
-    elif args.prompt is not None:
-        answers = [answer_one(generator, args.prompt)]
-    else:
-        if sys.stdin.isatty():
-            print("prompts, a line each; end with Ctrl-D")  # noqa: T201
-        answers = [answer_one(generator, line.rstrip("\n")) for line in sys.stdin]
-    if args.out is not None:
-        beside = Path(f"{args.out}.tmp")
-        beside.write_text(
-            "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8"
-        )
-        beside.rename(args.out)
+    too_large = f"max_tokens: {args.max_tokens} tokens at once do not fit the GPU's memory; lower it"
+    with saving(args.out) as save, explaining_memory(too_large):
+        if prompts:
+            answers = answer_all(generator, prompts, save)
+        elif args.prompt is not None:
+            answers = [answer_one(generator, args.prompt, save)]
+        else:
+            if sys.stdin.isatty():
+                print("prompts, a line each; end with Ctrl-D")  # noqa: T201
+            answers = [answer_one(generator, line.rstrip("\n"), save) for line in sys.stdin]
+        if args.out is not None:
+            write_answers(args.out, answers)
 
 
 if __name__ == "__main__":

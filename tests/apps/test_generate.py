@@ -476,6 +476,29 @@ def test_a_prompt_is_text_as_it_is(command, tmp_path, prompt):
     assert [line["prompt"] for line in read_lines(tmp_path / "out")] == [prompt]
 
 
+def test_what_is_done_when_it_ends_early_is_not_lost(command, tmp_path, monkeypatch):
+    prompts, steps, n_runs = ["one", "two and more", "three"], generate.BatchRun.steps, []
+
+    def stopping(run):
+        n_runs.append(run)
+        if len(n_runs) == 3:
+            raise KeyboardInterrupt
+        yield from steps(run)
+
+    monkeypatch.setattr(generate.BatchRun, "steps", stopping)
+    arguments = (f"prompts={json.dumps(prompts)}", f"out={tmp_path}/out", "max_tokens=1")
+    with pytest.raises(KeyboardInterrupt):
+        command(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
+    done = read_lines(tmp_path / "out.part")
+    assert len(done) == 2
+    command(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    whole = read_lines(tmp_path / "out")
+    assert [line["prompt"] for line in whole] == prompts
+    assert all(line in whole for line in done)
+
+
 def test_two_kinds_of_prompts(command):
     with pytest.raises(ValueError, match="prompts: given together with prompt; leave one of them out"):
         command("prompt=a", 'prompts=["b"]')
