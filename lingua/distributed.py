@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 # Seconds that other ranks leave the first one to tell an error that all of them have.
 PATIENCE_WITH_FIRST_RANK = 10
 
+# Seconds that ranks which leave since another one has an error give that one to tell it.
+PATIENCE_WITH_THE_ERROR = 3
+
 # Seconds that a rank which finds another one lost gives the others to find so too.
 PATIENCE_WITH_OTHER_RANKS = 3
 
@@ -401,6 +404,10 @@ def run_main(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             _leave(0)
     except SystemExit as leaving:
+        if dist.is_initialized() and leaving.code:
+            # Another rank has the error (`together`). torchrun ends all of them when the first one leaves, so let it
+            # speak before.
+            time.sleep(PATIENCE_WITH_THE_ERROR)
         _leave(leaving.code)
     except KeyboardInterrupt:
         sys.exit(130)
