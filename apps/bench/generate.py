@@ -59,7 +59,7 @@ def save_random_model(args: BenchArgs, folder: Path) -> None:
 
 def copy_speed(device: torch.device) -> float:
     """Bytes per second read, of copying a large tensor (which reads and writes each)."""
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(5):
         _synchronize(device)
@@ -89,8 +89,12 @@ def _synchronize(device: torch.device) -> None:
 
 def build_contestants(
     args: BenchArgs, folder: Path, device: torch.device
-) -> tuple[dict[str, Callable[[list[list[int]]], list[list[int]]]], PackedCausalTransformerGenerator]:
-    """Name -> what continues prompts (of the same length) by max_gen_len tokens each."""
+) -> tuple[
+    dict[str, Callable[[list[list[int]]], list[list[int]]]], PackedCausalTransformerGenerator, Callable[[int], int]
+]:
+    """Name -> what continues prompts (of the same length) by max_gen_len tokens each; our generator; what a step of so
+    many sequences must read, in bytes.
+    """
     # Nothing is asked of a hub: the exported folder has all of it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
@@ -122,11 +126,12 @@ def build_contestants(
     contestants = {"ours": ours, f"transformers {transformers.__version__}": of_transformers}
     if device.type == "cuda":
         contestants["ours, CUDA graph"] = lambda prompts: ours(prompts, reduce_generation_overhead=True)
-    return contestants, generator
+    length = args.prompt_len + args.max_gen_len // 2
+    return contestants, generator, lambda batch: bytes_per_step(model, batch, length, DTYPES[args.dtype])
 
 
 def measure(args: BenchArgs, folder: Path, device: torch.device) -> tuple[list[dict[str, object]], str]:
-    contestants, generator = build_contestants(args, folder, device)
+    contestants, generator, needed = build_contestants(args, folder, device)
     speed = copy_speed(device)
     words = generator.tokenizer.n_words
     rows = []
@@ -142,7 +147,6 @@ def measure(args: BenchArgs, folder: Path, device: torch.device) -> tuple[list[d
                 _synchronize(device)
                 times[name].append(time.perf_counter() - start)
         reading = time_of_reading(generator, prompts, device)
-        needed = bytes_per_step(generator.model, batch, args.prompt_len + args.max_gen_len // 2, DTYPES[args.dtype])
         for name, laps in times.items():
             seconds = statistics.median(laps[1:])
             same = sum(a == b for a, b in zip(said["ours"], said[name], strict=True))
@@ -152,7 +156,7 @@ def measure(args: BenchArgs, folder: Path, device: torch.device) -> tuple[list[d
                     "batch": batch,
                     "tokens/s": batch * args.max_gen_len / seconds,
                     "ms/step": 1000 * seconds / args.max_gen_len,
-                    "floor ms": 1000 * needed / speed,
+                    "floor ms": 1000 * needed(batch) / speed,
                     "prompts ms": 1000 * reading if name == "ours" else "-",
                     "same texts": f"{same} of {batch}",
                     "of ours": statistics.median(times["ours"][1:]) / seconds,
