@@ -329,11 +329,14 @@ class PackedCausalTransformerGenerator:
             yield batch, run
             progress.add(len(batch))
 
-    def continue_batch(self, prompts: list[list[int]], args: GeneratorArgs, seed: int) -> list[Continuation]:
+    def continue_batch(
+        self, prompts: list[list[int]], args: GeneratorArgs, seed: int, progress: Progress | None = None
+    ) -> list[Continuation]:
         """Continues one batch of prompts, which are short enough, as `args` say in place of the generator's own."""
         run = BatchRun(self, prompts, args, seed)
         for _ in run.steps():
-            pass
+            if progress is not None:
+                progress.show(f"at token {run.n_steps} of the next {len(prompts)}")
         return run.continuations
 
     def run_one(self, prompt: str) -> BatchRun:

@@ -40,9 +40,9 @@ from apps.main.generate import (
     sampling_seed,
     validate_generator_args,
 )
-from apps.main.validation import EvaluationStopped, check_stop
+from apps.main.validation import EvaluationStopped
 from lingua.args import first_line
-from lingua.distributed import from_first_rank, gather_objects, together
+from lingua.distributed import any_rank, from_first_rank, gather_objects, together
 
 logger = logging.getLogger(__name__)
 
@@ -275,15 +275,22 @@ class SharedGenerator:
         progress = Progress(len(task[0]), "requests answered", self.generator.args.show_progress)
         mine: dict[int, Any] | Exception = {}
         for first in range(0, len(batches), self.size):
-            check_stop(self.should_stop)
+            asked_to = self.should_stop is not None and self.should_stop()
+            # Told at each round, which also keeps the ranks together: nobody waits for another longer than a batch.
+            stopping, failing = any_rank(asked_to, isinstance(mine, Exception))
+            if stopping:
+                raise EvaluationStopped
+            if failing:
+                break
             round_of = batches[first : first + self.size]
-            if self.rank < len(round_of) and isinstance(mine, dict):
+            if self.rank < len(round_of):
                 batch = round_of[self.rank]
                 max_tokens = self.generator.args.max_tokens
                 too_large = f"generator.max_tokens: {max_tokens} tokens at once do not fit a GPU's memory; lower it"
                 try:
                     with explaining_memory(too_large):
-                        mine.update(zip(batch, self._answer(task, batch, first + self.rank), strict=True))
+                        answers = self._answer(task, batch, first + self.rank, progress)
+                        mine.update(zip(batch, answers, strict=True))
                 except Exception as error:
                     if self.size == 1:
                         raise
@@ -294,11 +301,11 @@ class SharedGenerator:
                 progress.add(sum(map(len, round_of)))
         return gather_objects(mine)
 
-    def _answer(self, task: _Scoring | _Generating, batch: list[int], number: int) -> list[Any]:
+    def _answer(self, task: _Scoring | _Generating, batch: list[int], number: int, progress: Progress) -> list[Any]:
         if isinstance(task, _Generating):
             seed = sampling_seed(task.args.seed + task.number, number)
-            runs = self.generator.continue_batch([task.prompts[i] for i in batch], task.args, seed)
-            return [continuation.text for continuation in runs]
+            prompts = [task.prompts[i] for i in batch]
+            return [run.text for run in self.generator.continue_batch(prompts, task.args, seed, progress)]
         scores = self.generator.score_batch([task.sequences[i] for i in batch])
         n_given = [task.n_given[i] for i in batch]
         return [

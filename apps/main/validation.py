@@ -31,7 +31,7 @@ class EvaluationStopped(Exception):
 
 
 def check_stop(should_stop: Callable[[], bool] | None) -> None:
-    """All ranks call it together, which also keeps them together: nobody waits for a slower one longer than a batch."""
+    """All ranks call it together."""
     if any_rank(should_stop is not None and should_stop())[0]:
         raise EvaluationStopped
 
