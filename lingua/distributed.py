@@ -270,6 +270,11 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank among those of its process group, and their number; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 # --- reductions ----------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from apps.main.generate import (
     pick_device,
     validate_generator_args,
 )
+from apps.main.transformer import count_parameters
 from apps.main.validation import (
     ValidationArgs,
     run_validation,
@@ -167,7 +168,8 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
     )
     generator = PackedCausalTransformerGenerator(generator_args, model, tokenizer, config["data"]["add_bos"])
     where = torch.cuda.get_device_name() if generator.device.type == "cuda" else "the CPU"
-    logger.info("%s: %s parameters, in %s on %s", args.ckpt_dir, f"{count(model):,}", generator_args.dtype, where)
+    size = sum(count_parameters(model))
+    logger.info("%s: %s parameters, in %s on %s", args.ckpt_dir, f"{size:,}", generator_args.dtype, where)
     found: dict[str, Any] = {}
     with together():
         files = validation_files(args.validation, config["data"]) if args.validation is not None else {}
@@ -186,10 +188,6 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
         if find_world().rank == 0:
             _write(args, found)
     return found
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextlib.contextmanager
@@ -297,15 +295,10 @@ def launch_eval(args: EvalArgs) -> dict[str, Any]:
                     stack.push(lambda kind, *_: wandb_run.finish(exit_code=0 if kind is None else 1))
         found: dict[str, Any] = {}
         for number, each in enumerate(checkpoints, start=1):
+            done = several and from_first_rank(is_done(each))
             if several:
-                if from_first_rank(is_done(each)):
-                    logger.info("%s of %s: %s is there", number, len(checkpoints), each.dump_dir)
-                    found = _read_found(each)
-                else:
-                    logger.info("%s of %s: %s", number, len(checkpoints), each.ckpt_dir)
-                    found = evaluate_checkpoint(each)
-            else:
-                found = evaluate_checkpoint(each)
+                logger.info("%s of %s: %s%s", number, len(checkpoints), each.dump_dir, " is there" if done else "")
+            found = _read_found(each) if done else evaluate_checkpoint(each)
             if rank == 0:
                 curve.append((each.global_step, flat_metrics(found)))
                 if wandb_run is not None:

@@ -324,8 +324,7 @@ class PackedCausalTransformerGenerator:
         progress = Progress(len(prompts), "prompts continued", self.args.show_progress)
         for batch in batches_for_generation(prompts, self.args):
             run = BatchRun(self, [prompts[number] for number in batch], self.args, self._next_seed(), with_scores)
-            for _ in run.steps():
-                progress.show(f"at token {run.n_steps} of the next {len(batch)}")
+            run.finish(progress)
             yield batch, run
             progress.add(len(batch))
 
@@ -334,9 +333,7 @@ class PackedCausalTransformerGenerator:
     ) -> list[Continuation]:
         """Continues one batch of prompts, which are short enough, as `args` say in place of the generator's own."""
         run = BatchRun(self, prompts, args, seed)
-        for _ in run.steps():
-            if progress is not None:
-                progress.show(f"at token {run.n_steps} of the next {len(prompts)}")
+        run.finish(progress)
         return run.continuations
 
     def run_one(self, prompt: str) -> BatchRun:
@@ -444,6 +441,12 @@ class BatchRun:
         self.continuations = [Continuation(generator.tokenizer, args) for _ in prompts]
         self.scores: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the prompts' tokens, where asked for
         self.n_steps = 0
+
+    def finish(self, progress: Progress | None = None) -> None:
+        """Takes all steps, telling `progress` of each."""
+        for _ in self.steps():
+            if progress is not None:
+                progress.show(f"at token {self.n_steps} of the next {len(self.prompts)}")
 
     @torch.inference_mode()
     def steps(self) -> Iterator[None]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
-import torch.distributed as dist
 import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -42,7 +41,7 @@ from apps.main.generate import (
 )
 from apps.main.validation import EvaluationStopped
 from lingua.args import first_line
-from lingua.distributed import any_rank, from_first_rank, gather_objects, together
+from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
 
 logger = logging.getLogger(__name__)
 
@@ -203,8 +202,7 @@ class SharedGenerator:
 
     def __init__(self, generator: PackedCausalTransformerGenerator, should_stop: Callable[[], bool] | None = None):
         self.generator, self.should_stop = generator, should_stop
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.size = rank_and_size()
         self._talking = threading.Lock()
         self._n_calls = 0
 

@@ -188,6 +188,10 @@ def validate_evaluation(args: TrainArgs) -> None:
         )
 
 
+def checkpoint_folder(args: TrainArgs) -> Path:
+    return Path(args.checkpoint.path or Path(args.dump_dir) / "checkpoints")
+
+
 def checkpoint_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and of AdamW's two moments."""
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -258,8 +262,7 @@ def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
         wanted.generator.dtype = args.distributed.model_dtype
     if "max_gen_len" not in given:
         wanted.generator.max_gen_len = max(min(wanted.generator.max_gen_len, args.data.seq_len // 2), 1)
-    checkpoints = Path(args.checkpoint.path or Path(args.dump_dir) / "checkpoints")
-    wanted.ckpt_dir = str(checkpoints / f"{step:010d}")
+    wanted.ckpt_dir = str(checkpoint_folder(args) / f"{step:010d}")
     wanted.dump_dir = str(Path(args.dump_dir) / "evals" / f"{step:010d}")
     wanted.metric_log_dir = args.dump_dir
     wanted.global_step = step
@@ -344,12 +347,11 @@ class Run:
         self.loader_state = init_dataloader_state_from_args(args.data, self.data_rank, self.data_ranks)
         self.stopwatch = Stopwatch()
         self.metrics: MetricsLogger | None = None
-        path = args.checkpoint.path or Path(args.dump_dir) / "checkpoints"
         # The ranks of a tensor-parallel group are at the same place in the data: the first of them writes it down.
         writes = world.rank % args.distributed.tp_size == 0
         self.checkpoints = CheckpointManager(
             args.checkpoint,
-            Path(path),
+            checkpoint_folder(args),
             world.rank,
             self.data_rank if writes else None,
             args.distributed.timeout,

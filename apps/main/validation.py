@@ -17,7 +17,7 @@ import torch.distributed as dist
 from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
 from apps.main.transformer import LMTransformer
 from lingua.data import VALIDATION_FILES, find_files, read_documents
-from lingua.distributed import any_rank, gather_objects, together
+from lingua.distributed import any_rank, gather_objects, rank_and_size, together
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ def validate_source(
     Raises ValueError for files without a token, or with lines that are no documents, and EvaluationStopped on all ranks
     where `should_stop` says so on any.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    n_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank, n_ranks = rank_and_size()
     max_rows = None if max_steps is None else max_steps * train_data["batch_size"]
     at_once = max(generator.args.max_tokens, train_data["batch_size"] * generator.model.max_seqlen)
     totals = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0}
