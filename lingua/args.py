@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T, R, P = TypeVar("T"), TypeVar("R"), ParamSpec("P")
@@ -79,7 +79,7 @@ def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
         config = _merge(cls, config, read_yaml(file), file)
     for argument in argv:
         if not argument.startswith("config="):
-            config = _merge(cls, config, _read_argument(argument), "command line")
+            config = _merge(cls, config, read_argument(argument, cls), "command line")
     return _to_object(config)
 
 
@@ -89,7 +89,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
 
     Raises ValueError for what does not fit, with `origin` as where the values come from.
     """
-    return _to_object(_merge(cls, OmegaConf.structured(cls), OmegaConf.create(_escape(dict(values))), origin))
+    return _to_object(_merge(cls, OmegaConf.structured(cls), OmegaConf.create(escape(dict(values))), origin))
 
 
 def to_dict(args: object) -> dict[str, Any]:
@@ -99,15 +99,15 @@ def to_dict(args: object) -> dict[str, Any]:
 
 def to_yaml(args: object) -> str:
     """YAML that `config=` reads back as the same values."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(args))))
+    return OmegaConf.to_yaml(OmegaConf.create(escape(to_dict(args))))
 
 
-def _escape(value: Any) -> Any:
+def escape(value: Any) -> Any:
     """Values as they are, for OmegaConf, which would take ${...} in a string for an interpolation."""
     if isinstance(value, dict):
-        return {key: _escape(inner) for key, inner in value.items()}
+        return {key: escape(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_escape(inner) for inner in value]
+        return [escape(inner) for inner in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     return value
@@ -134,12 +134,45 @@ def read_yaml(file: str) -> DictConfig:
     return loaded
 
 
-def _read_argument(argument: str) -> DictConfig:
+def read_argument(argument: str, cls: type) -> DictConfig:
+    """One `key=value`. The value is YAML, but where `cls` has a string there it is the text as it stands (unless that
+    is quoted, or null): nothing of a folder's name is lost to YAML's own signs. Raises ValueError, one line.
+    """
+    key, _, text = argument.partition("=")
+    error = None
     try:
-        return OmegaConf.from_dotlist([argument])
-    except Exception as error:  # of any kind, as in read_yaml
-        key, _, value = argument.partition("=")
-        raise ValueError(f"{key}: {value!r} cannot be read (from command line; {first_line(error)})") from None
+        given = OmegaConf.from_dotlist([argument])
+        value = OmegaConf.select(given, key) if "${" not in text else text
+    except Exception as caught:  # of any kind, as in read_yaml
+        given, value, error = None, text, caught
+    quoted = isinstance(value, str) and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    is_list = isinstance(value, DictConfig | ListConfig) and text[0] in "{["  # which is told to be no string
+    if _is_text(cls, key) and not (error is None and (value is None or quoted or is_list)):
+        try:
+            given = OmegaConf.create()
+            OmegaConf.update(given, key, text)
+            error = None
+        except Exception as caught:
+            error = caught
+    if error is not None:
+        raise ValueError(f"{key}: {text!r} cannot be read (from command line; {first_line(error)})") from None
+    return given
+
+
+def _is_text(cls: type, key: str) -> bool:
+    """Whether dataclass `cls` has a string at `key`, such as `data.root_dir`."""
+    kind: Any = cls
+    for name in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            return False
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(options) == 1:
+            kind = options[0]
+    return kind is str
 
 
 def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig:
@@ -148,6 +181,14 @@ def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig
         return OmegaConf.merge(config, given)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, origin)) from None
+
+
+@_in_one_line
+def check_config(cls: type, config: DictConfig, origin: str) -> None:
+    """Raises ValueError, one line, for keys that `cls` does not have and values that do not fit. Interpolations are
+    left as they are, since what they name may not be there yet.
+    """
+    _merge(cls, OmegaConf.structured(cls), config, origin)
 
 
 def _to_object(config: DictConfig) -> Any:

@@ -273,8 +273,8 @@ def test_what_is_no_key_and_value_is_shown(argument):
     ["[", "{a: 1", "${", "'a", "!!int abc", "!!float", "!!int", "!!timestamp 2020-01-01", "1" * 5000, "&a [*a]"],
 )
 def test_values_that_are_no_yaml_name_their_argument(value):
-    message = refusal(["steps=5", f"inner.label={value}"])
-    assert "inner.label" in message
+    message = refusal(["steps=5", f"inner.size={value}"])
+    assert "inner.size" in message
     assert "command line" in message or message.startswith("argument")
 
 
