@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from lingua import slurm
 from lingua.args import first_line, looks_secret
 
 T = TypeVar("T")
@@ -93,27 +94,28 @@ class World:
 
 
 def find_world() -> World:
-    """Rank and size from torchrun's variables (one process without them), the device from what the machine has.
+    """Rank and size from torchrun's variables, or else from those of SLURM's `srun` (one process without either); the
+    device from what the machine has.
 
-    Raises ValueError under `srun` without torchrun, where every process would take itself for the only one, and where
-    there are more local ranks than CUDA devices.
+    Raises ValueError where there are more local ranks than CUDA devices.
     """
     if "LOCAL_RANK" in os.environ:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             if not os.environ.get(name, "").isdecimal():
                 raise ValueError(f"{name}: no number in the environment, though LOCAL_RANK is set; start with torchrun")
         world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise ValueError("srun with several tasks is not supported yet; start torchrun in each node's task instead")
     else:
-        world = World()
+        world = World(*(slurm.find_ranks() or ()))
     if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
+        n_devices, index = torch.cuda.device_count(), world.local_rank
+        if n_devices == 1 and "LOCAL_RANK" not in os.environ and slurm.has_gpu_of_its_own():
+            index = 0
+        if index >= n_devices:
             raise ValueError(
-                f"local rank {world.local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "lower torchrun's --nproc-per-node"
+                f"local rank {index} has no GPU of its own: there are {n_devices}; "
+                "lower torchrun's --nproc-per-node, or srun's --ntasks-per-node"
             )
-        world.device = torch.device("cuda", world.local_rank)
+        world.device = torch.device("cuda", index)
     return world
 
 
@@ -197,6 +199,8 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
         yield
         return
     if not dist.is_initialized():
+        if "LOCAL_RANK" not in os.environ:  # srun started it, which names no place to meet at
+            os.environ.update({name: os.environ.get(name, value) for name, value in slurm.meeting_point().items()})
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
         try:
@@ -204,6 +208,9 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
             store = _store_of_this_start(world, timeout) if os.environ.get(AGENTS_STORE) == "True" else None
             dist.init_process_group(backend, timeout=limit, store=store, rank=world.rank, world_size=world.size)
         except RuntimeError as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ["MASTER_PORT"]
+                raise OSError(f"MASTER_PORT: port {port} is in use by something else; set another one") from None
             if not is_of_a_lost_rank(error):
                 raise
             raise OSError(
@@ -398,6 +405,10 @@ def _leave(code: object) -> None:
     sys.exit(code)
 
 
+def _launchers_rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs a command's main function: an error of the user's making ends in one line on stderr and exit code 1.
 
@@ -424,7 +435,7 @@ def run_main(main: Callable[[], None]) -> None:
         message = " ".join(str(error).split())
         if lost:
             message = f"lost {_ranks_without_a_sign()}: dead, or without an answer for too long ({message[:300]})"
-        elif of_the_user and not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
+        elif of_the_user and not dist.is_initialized() and _launchers_rank() != "0":
             # What is wrong before the ranks have met is mostly wrong on all of them: let the first one say it, after
             # which torchrun ends the others.
             time.sleep(PATIENCE_WITH_FIRST_RANK)
@@ -459,9 +470,13 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGUSR2, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._remember)
+            # A job of lingua.stool starts with it blocked: one that came too early comes now.
+            self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -334,5 +334,8 @@ def main() -> None:
         launch_eval(args)
 
 
+ARGS = EvalArgs  # for lingua.stool, which checks a config before it waits in a queue
+
+
 if __name__ == "__main__":
     run_main(main)

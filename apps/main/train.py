@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import itertools
 import logging
 import os
@@ -41,6 +40,7 @@ from apps.main.transformer import (
     validate_model_args,
 )
 from apps.main.validation import EvaluationStopped, validation_files
+from lingua import slurm
 from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
 from lingua.data import (
@@ -82,6 +82,7 @@ from lingua.metrics import (
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
 from lingua.parallelize import local_bytes, parallelize, validate_parallelism
+from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -175,8 +176,8 @@ def validate_evaluation(args: TrainArgs) -> None:
             raise ValueError(f"async_eval_gpus: {args.async_eval_gpus} is too small, it must be 1 or more, or null")
         if args.eval is None:
             raise ValueError("async_eval_gpus: set, but there is no section eval that says what to evaluate")
-        if importlib.util.find_spec("lingua.stool") is None:
-            raise ValueError("async_eval_gpus: not available yet, since it needs lingua.stool; leave it out")
+        if shutil.which("sbatch") is None:
+            raise ValueError("async_eval_gpus: set, but there is no sbatch on this machine; set it to null")
     if args.eval is None:
         return
     wanted = evaluation_args(args, step=0)
@@ -300,19 +301,28 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
 
 
 def lacks_evaluation(run: Run) -> bool:
-    """Whether section `eval` asks for the results of a checkpoint that are not there. The same on all ranks."""
-    if run.args.eval is None or run.args.async_eval_gpus is not None:
+    """Whether section `eval` asks for the results of a checkpoint that are not there, nor a job for them. The same on
+    all ranks.
+    """
+    if run.args.eval is None:
         return False
     wanted = evaluation_args(run.args, run.step)
-    return from_first_rank(Path(wanted.ckpt_dir).is_dir() and not is_done(wanted))
+    submitted = run.args.async_eval_gpus is not None and Path(wanted.dump_dir, SCRIPT_FILE).exists()
+    return from_first_rank(Path(wanted.ckpt_dir).is_dir() and not is_done(wanted) and not submitted)
 
 
 def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
-    """A job of its own through stool, on whole nodes of 8 GPUs where it is more than one node."""
-    from lingua.stool import StoolArgs, launch_job
-
+    """A job of its own through stool, on whole nodes of 8 GPUs where it is more than one node; where this run is a job,
+    in the same partition and on the same account.
+    """
     n_nodes = -(-n_gpus // 8)
-    launch_job(
+    of_this_job = {
+        "partition": os.environ.get("SLURM_JOB_PARTITION"),
+        "account": os.environ.get("SLURM_JOB_ACCOUNT"),
+        "qos": os.environ.get("SLURM_JOB_QOS"),
+        "ncpu": int(os.environ.get("SLURM_CPUS_PER_TASK", 0)),
+    }
+    job = launch_job(
         StoolArgs(
             config=to_dict(wanted),
             script="apps.main.eval",
@@ -320,9 +330,10 @@ def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
             dirs_exists_ok=True,
             nodes=n_nodes,
             ngpu=-(-n_gpus // n_nodes),
+            **{name: value for name, value in of_this_job.items() if value},
         )
     )
-    logger.info("submitted the evaluation of step %s", wanted.global_step)
+    logger.info("the evaluation of step %s is job %s", wanted.global_step, job)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -554,6 +565,7 @@ def train(args: TrainArgs) -> None:
     init_logger(world.rank, world.size)
     validate_train_args(args, world)
     set_environment(args.env)
+    slurm.use_scratch()
     set_torch_options(args)
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group(world, args.distributed.timeout))
@@ -565,6 +577,7 @@ def train(args: TrainArgs) -> None:
         resume_from = from_first_rank(found)
         with together():
             run.go_to(resume_from)
+            first_step = run.step
             if run.step >= args.steps:
                 logger.info("all %s steps are done (%s)", args.steps, resume_from)
         if run.step >= args.steps:
@@ -593,6 +606,9 @@ def train(args: TrainArgs) -> None:
             # All ranks leave here together: what is being written in the background is brought to its end first.
             run.checkpoints.finish()
             raise
+    # The checkpoint is whole and the logs are closed, on all ranks: SLURM may end the job.
+    if run.step < args.steps and world.rank == 0:
+        slurm.requeue(made_progress=run.step > first_step)
 
 
 def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:
@@ -637,6 +653,9 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
 
 def main() -> None:
     train(parse_args(TrainArgs))
+
+
+ARGS = TrainArgs  # for lingua.stool, which checks a config before it waits in a queue
 
 
 if __name__ == "__main__":

@@ -658,11 +658,19 @@ def test_torchrun(tiny, tmp_path, slow_rank):
     assert not (tmp_path / "run").exists()
 
 
-def test_srun_of_several_tasks_is_refused(start, tmp_path):
-    """Each task would take itself for the only one, and write into the same folder."""
-    slurm = {"JOB_ID": "1", "NTASKS": "2", "STEP_ID": "0", "STEP_NUM_TASKS": "2", "PROCID": "0", "LOCALID": "0"}
-    line = refuse(start, tmp_path / "run", **{f"SLURM_{name}": value for name, value in slurm.items()})
-    assert "srun" in line
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        ({"PROCID": "one"}, "SLURM_PROCID: no number"),
+        ({"LOCALID": ""}, "SLURM_LOCALID: no number"),
+        ({"PROCID": "2"}, "SLURM_PROCID: rank 2 of 2 tasks"),
+        ({"JOB_NODELIST": ""}, "SLURM_JOB_NODELIST: not in the environment"),
+    ],
+)
+def test_variables_of_slurm_that_say_nothing(start, tmp_path, slurm, message):
+    good = {"JOB_ID": "1", "NTASKS": "2", "PROCID": "0", "LOCALID": "0", "JOB_NODELIST": "n1"}
+    line = refuse(start, tmp_path / "run", **{f"SLURM_{name}": value for name, value in (good | slurm).items()})
+    assert message in line
 
 
 def test_traceback_on_request(start, tmp_path):

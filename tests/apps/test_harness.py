@@ -1,8 +1,6 @@
 """lm-eval's tasks: every request against a plain forward pass, several ranks against one, and during training."""
 
 import json
-import sys
-import types
 
 import lm_eval
 import pytest
@@ -482,21 +480,20 @@ def test_a_section_eval_that_cannot_work_ends_before_anything_is_written(world, 
 
 
 def test_evaluation_in_jobs_of_their_own(world, tmp_path, monkeypatch):
-    """What is submitted through stool, of which a stand-in takes the place, is what evaluates the checkpoint."""
+    """What is submitted, caught before it reaches SLURM (see test_slurm.py), is what evaluates the checkpoint."""
     from apps.main import train
 
     folder, tasks, run, _ = world
     submitted = []
-    stand_in = types.ModuleType("lingua.stool")
-    stand_in.StoolArgs = lambda **arguments: types.SimpleNamespace(**arguments)
-    stand_in.launch_job = submitted.append
-    monkeypatch.setitem(sys.modules, "lingua.stool", stand_in)
+    monkeypatch.setattr(train, "launch_job", submitted.append)
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "night")
     config = facts_config(folder / "data", run)
     config["eval"] = {"harness": {"tasks": ["facts_gen"], "include_path": str(tasks)}}
     args = from_dict(train.TrainArgs, config | {"async_eval_gpus": 20}, "test")
     train.submit_evaluation(train.evaluation_args(args, 60), 20)
     (job,) = submitted
     assert (job.script, job.nodes, job.ngpu, job.copy_code) == ("apps.main.eval", 3, 7, False)
+    assert (job.partition, job.account, job.ncpu) == ("night", "", 16)
     wanted = from_dict(EvalArgs, job.config, "job")
     wanted.generator.device = "cpu"
     wanted.dump_dir = str(tmp_path / "evals")
@@ -506,8 +503,9 @@ def test_evaluation_in_jobs_of_their_own(world, tmp_path, monkeypatch):
     assert numbers(launch_eval(wanted)["results"])["facts_gen"] == numbers(in_training)["facts_gen"]
 
 
-def test_jobs_of_their_own_need_stool(world, tmp_path):
+def test_jobs_of_their_own_need_slurm(world, tmp_path):
     folder, _, _, _ = world
     config = facts_config(folder / "data", tmp_path / "run") | {"async_eval_gpus": 8, "eval": {}}
-    line = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().the_error()
-    assert "async_eval_gpus: not available yet" in line
+    config_file = write_config(tmp_path / "c.yaml", config)
+    line = Training([f"config={config_file}"], tmp_path, PATH="/nonexistent").finish().the_error()
+    assert "async_eval_gpus: set, but there is no sbatch on this machine" in line

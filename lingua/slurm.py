@@ -1,0 +1,147 @@
+"""SLURM, seen from within a job: which rank this is, where the ranks meet, scratch folders, requeueing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import time
+import zlib
+from datetime import datetime
+
+logger = logging.getLogger(__name__)
+
+# Seconds before a job's end at which SLURM sends USR2 (`--signal` in what lingua.stool submits), and by which it may be
+# early: it looks once a minute.
+WARNING_SECONDS, WARNING_SLACK = 120, 60
+
+# Seconds to wait for an answer of SLURM's commands; a controller under load takes its time.
+PATIENCE = 120
+
+# Ports for the ranks to meet at, below those that Linux hands out by itself.
+_FIRST_PORT, _N_PORTS = 15_000, 17_000
+
+
+def in_job() -> bool:
+    return "SLURM_JOB_ID" in os.environ
+
+
+def find_ranks() -> tuple[int, int, int] | None:
+    """(rank, local rank, number of ranks) of a process that `srun` started; None for any other.
+
+    Raises ValueError where SLURM's variables say no numbers.
+    """
+    if not in_job() or "SLURM_PROCID" not in os.environ:
+        return None
+    # A batch script has the variables of a first task, but is none: what it starts by itself runs alone.
+    if os.environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in os.environ:
+        return None
+    # Of the step, where it says so: a step may have fewer tasks than its job.
+    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    names = ("SLURM_PROCID", "SLURM_LOCALID", size)
+    for name in names:
+        if not os.environ.get(name, "").isdecimal():
+            raise ValueError(f"{name}: no number in the environment, though SLURM_JOB_ID is set; start with srun")
+    rank, local_rank, n_ranks = (int(os.environ[name]) for name in names)
+    if rank >= n_ranks:
+        raise ValueError(f"SLURM_PROCID: rank {rank} of {n_ranks} tasks ({size}); start with srun")
+    return rank, local_rank, n_ranks
+
+
+def has_gpu_of_its_own() -> bool:
+    """Whether a task that sees one GPU shares it with no other task, as with `srun --gpus-per-task=1`."""
+    gpus, tasks = os.environ.get("SLURM_GPUS_ON_NODE", ""), os.environ.get("SLURM_TASKS_PER_NODE", "")
+    most_tasks = max(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", tasks)), default=0)
+    return gpus.isdecimal() and 0 < most_tasks <= int(gpus)
+
+
+def first_host(nodes: str) -> str:
+    """Of a list in SLURM's notation, such as `node[003-007,12],other[1-2]-ib`."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0]) if match else ""
+
+
+def meeting_point() -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for the ranks of this step: its first node, and a port that follows from the job.
+
+    Raises ValueError without a list of nodes.
+    """
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    host = next((first_host(os.environ[name]) for name in names if os.environ.get(name)), "")
+    if not host:
+        raise ValueError("SLURM_JOB_NODELIST: not in the environment, though SLURM_JOB_ID is set; start with srun")
+    # Jobs that share a node, and steps of one job, meet at ports of their own.
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
+    return {"MASTER_ADDR": host, "MASTER_PORT": str(_FIRST_PORT + zlib.crc32(step.encode()) % _N_PORTS)}
+
+
+def use_scratch() -> None:
+    """Within a job: temporary files go to the job's own scratch folder where the cluster makes one, and Triton's
+    compiled kernels to the node's own disk, since a home folder over the network makes all ranks wait.
+    """
+    if not in_job():
+        return
+    for folder in (os.environ.get("SLURM_TMPDIR"), f"/scratch/slurm_tmpdir/{os.environ['SLURM_JOB_ID']}"):
+        if folder and os.path.isdir(folder) and os.access(folder, os.W_OK):
+            os.environ["TMPDIR"] = folder
+            tempfile.tempdir = None  # found out before
+            break
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton_{os.getuid()}"))
+
+
+def ask_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
+    """What one of SLURM's commands prints. Raises OSError, one line, where it fails."""
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]}: no answer within {PATIENCE} s") from None
+    if result.returncode:
+        said = re.sub(rf"({command[0]}: )?(error|fatal): ", "", " ".join(result.stderr.split()))
+        raise OSError(f"{command[0]}: {said or f'exit code {result.returncode}'}")
+    return result.stdout
+
+
+def requeue(made_progress: bool) -> None:
+    """Puts this batch job back into the queue, once all ranks have left their work; SLURM then ends it.
+
+    Call it in one process only. Nothing happens without a batch job, nor for one that is being cancelled. Raises
+    OSError where SLURM refuses, and where the job's time is over without `made_progress`: it would go round for ever.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    facts = ask_slurm("scontrol", "show", "job", job)
+    # The first line holds the job's name, which may say anything; the others start with their first key.
+    fact = {
+        key: match[1]
+        for key, line in {
+            "JobState": r"JobState=(\S+)",
+            "BatchFlag": r"Requeue=\d+ .*BatchFlag=(\d)",
+            "EndTime": r"StartTime=\S+ EndTime=(\S+)",
+            "PreemptTime": r"PreemptEligibleTime=\S+ PreemptTime=(\S+)",
+        }.items()
+        if (match := re.search(rf"^   {line}", facts, re.MULTILINE))
+    }
+    if fact.get("BatchFlag") != "1":
+        logger.info("job %s is no batch job, so it is not requeued; start again to go on", job)
+    elif fact.get("JobState") not in ("RUNNING", "SUSPENDED"):
+        logger.info("job %s is %s, so it is not requeued", job, fact.get("JobState", "gone").lower())
+    elif not made_progress and fact.get("PreemptTime") in (None, "None") and _ends_soon(fact.get("EndTime", "")):
+        raise OSError(
+            f"job {job} has reached its time limit before the first step was done, so it is not requeued; "
+            "give it more time"
+        )
+    else:
+        logger.info("requeueing job %s", job)
+        ask_slurm("scontrol", "requeue", job)
+
+
+def _ends_soon(end: str) -> bool:
+    try:
+        return datetime.fromisoformat(end).timestamp() - time.time() <= WARNING_SECONDS + WARNING_SLACK
+    except ValueError:  # Unknown
+        return False

@@ -1,0 +1,630 @@
+"""Submits a script to SLURM: config, code and job script into dump_dir, from where the job can be started again.
+
+    python -m lingua.stool config=apps/main/configs/debug.yaml nodes=2 ngpu=8 partition=P account=A [optim.lr=1e-3 ...]
+    python -m lingua.stool script=apps.main.eval config=apps/main/configs/eval.yaml ckpt_dir=... dump_dir=...
+    python -m lingua.stool config=... dump_dir=dumps/lr sweep.optim.lr=[1e-4,3e-4]     # a run for each value
+    sbatch dump_dir/submit.slurm                                                        # the same job once more
+
+Keys that are not stool's own (`StoolArgs`) are the script's, and go over its config. From a notebook:
+`launch_job(StoolArgs(config={...}, nodes=2))`.
+
+No value is ever pasted into a shell: SLURM's own commands get lists of arguments, and the job script quotes what it
+holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lingua.args import check_config, check_writable, escape, parse_args, read_argument, read_yaml, to_yaml
+from lingua.distributed import run_main
+from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm
+
+CONFIG_FILE, SCRIPT_FILE, CODE_FOLDER = "base_config.yaml", "submit.slurm", "code"
+
+# What a copy of the code holds.
+CODE_SUFFIXES = {
+    ".py",
+    ".pyi",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".cfg",
+    ".ini",
+    ".txt",
+    ".md",
+    ".sh",
+    ".c",
+    ".cpp",
+    ".cu",
+    ".h",
+}
+MAX_CODE_BYTES = 2**20  # of a file
+
+# Bytes that config, script and a copy of the code take, generously.
+ROOM_FOR_FILES = 2**23
+
+# Variables of the job or launcher that stool itself runs in, which the new job must not take for its own.
+_OF_A_LAUNCHER = re.compile(
+    r"(SLURM(D|STEPD)?_|SRUN_|TORCHELASTIC_|PMI|OMPI_)|(ENVIRONMENT|RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|WORLD_SIZE"
+    r"|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES"
+    r"|GPU_DEVICE_ORDINAL|STOOL_LOGS|STOOL_TERMINAL)$"
+)
+
+
+@dataclass
+class StoolArgs:
+    """How a script is to run on the cluster.
+
+    `config`: the script's config: a YAML file, or its keys and values. `launcher`: `sbatch`, or `bash` to run now,
+    within an allocation made by salloc. `ngpu`: per node, a rank each; 0 for a rank a node without GPUs. `ncpu`: per
+    rank. `mem`: per node, as SLURM writes it ("": the cluster's default). `time`: minutes (-1: the partition's
+    maximum). `nodes`: -1 is one node, or with `bash` all of the allocation. `anaconda`: name or folder of a conda
+    environment, or folder of a venv (`default`: the one that stool runs in). `stdout`: all ranks into the job's one
+    log, instead of a file each. `dryrun`: prints script and command, and writes nothing. `sweep`: keys of the config
+    with lists of values; every combination is a run of its own, in a folder under dump_dir, and all are one job array.
+    """
+
+    config: Any = None
+    launcher: str = "sbatch"
+    script: str = "apps.main.train"
+    copy_code: bool = True
+    dirs_exists_ok: bool = False
+    override: bool = False
+    nodes: int = -1
+    ngpu: int = 8
+    ncpu: int = 16
+    mem: str = ""
+    anaconda: str = "default"
+    constraint: str = ""
+    exclude: str = ""
+    time: int = -1
+    account: str = ""
+    qos: str = ""
+    partition: str = "learn"
+    stdout: bool = False
+    dryrun: bool = False
+    sweep: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """A script's run to be submitted: its folder, and what it is to read."""
+
+    dump_dir: Path
+    config: DictConfig
+
+    @property
+    def name(self) -> str:
+        # What it refers to may not be there before the job runs.
+        given = None if OmegaConf.is_interpolation(self.config, "name") else self.config.get("name")
+        return str(given or self.dump_dir.name)
+
+
+# --- what is to be run ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _AnyScript:
+    """What is taken as text from the command line for scripts whose own keys are not known."""
+
+    name: str = ""
+    dump_dir: str = ""
+
+
+def args_of_script(script: str) -> type | None:
+    """The dataclass of a script's config, where its module says so (`ARGS = TrainArgs`).
+
+    Only such a module is imported: others may do their work on being imported. Raises ValueError without the module.
+    """
+    try:
+        spec = importlib.util.find_spec(script) if re.fullmatch(r"\w+(\.\w+)*", script) else None
+    except ImportError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"script: there is no module '{script}' (from {os.getcwd()}); wanted one such as apps.main.train"
+        )
+    if not re.search(r"^ARGS = \w", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE):
+        return None
+    return importlib.import_module(script).ARGS
+
+
+def read_config(config: Any) -> DictConfig:
+    """The script's config as it was given: a YAML file, a dataclass, or keys and values."""
+    if isinstance(config, (str, os.PathLike)):
+        return read_yaml(os.fspath(config))
+    if dataclasses.is_dataclass(config):
+        return OmegaConf.create(to_yaml(config))
+    if isinstance(config, (Mapping, DictConfig)):
+        return OmegaConf.create(config)
+    raise ValueError("config: not set; name the YAML file for the script to read")
+
+
+def flatten_sweep(values: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Dotted keys and their lists of values. Raises ValueError where there is no list, or an empty one."""
+    flat: dict[str, list[Any]] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten_sweep(value, f"{key}.")
+        elif isinstance(value, list | tuple) and value:
+            flat[key] = list(value)
+        else:
+            raise ValueError(
+                f"sweep.{key}: '{value}' where a list of values is wanted, such as sweep.optim.lr=[1e-4,3e-4]"
+            )
+    return flat
+
+
+def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
+    """The folder of it all, absolute, and the runs: one, in that folder, or those of a sweep, in folders under it."""
+    config = read_config(args.config)
+    # As the first string, so that an interpolation in it is resolved here, where stool needs it.
+    folder = OmegaConf.select(config, "dump_dir")
+    if not folder or not isinstance(folder, str):
+        raise ValueError("dump_dir: not set in the config; name the folder for checkpoints and logs, dump_dir=...")
+    root = Path(folder).expanduser().absolute()
+    if "\0" in folder:
+        raise ValueError("dump_dir: no folder's name has a zero byte in it")
+    sweep = flatten_sweep(args.sweep)
+    if "dump_dir" in sweep:
+        raise ValueError("sweep.dump_dir: follows from the sweep; leave it out")
+    combinations = list(itertools.product(*([(key, value) for value in values] for key, values in sweep.items())))
+    runs = []
+    for number, combination in enumerate(combinations):
+        run = Run(root, OmegaConf.create(config))
+        for key, value in combination:
+            OmegaConf.update(run.config, key, escape(value))
+        if combination:
+            said = ",".join(f"{key}={value}" for key, value in combination)
+            safe = re.sub(r"[^\w.,=+-]+", "_", said)[:100]
+            run.dump_dir = root / f"{number:0{len(str(len(combinations) - 1))}d}_{safe}"
+            if "name" not in sweep:
+                OmegaConf.update(run.config, "name", f"{run.name if 'name' in config else root.name}_{number}")
+        OmegaConf.update(run.config, "dump_dir", escape(str(run.dump_dir)))
+        runs.append(run)
+    return root, runs
+
+
+def validate_stool_args(args: StoolArgs) -> None:
+    """Raises ValueError, one line that names the key."""
+    if args.launcher not in ("sbatch", "bash"):
+        raise ValueError(f"launcher: '{args.launcher}' is neither sbatch nor bash")
+    for name, least in (("ngpu", 0), ("ncpu", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be {least} or more")
+    for name, what in (("nodes", "one node, or the allocation's"), ("time", "the partition's maximum")):
+        if getattr(args, name) < 1 and getattr(args, name) != -1:
+            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more, or -1 for {what}")
+    for name in ("mem", "constraint", "exclude", "account", "qos", "partition"):
+        if re.search(r"[\x00-\x1f\x7f]", getattr(args, name)):
+            raise ValueError(f"{name}: {getattr(args, name)!r} has a line break or another control character in it")
+    if not args.partition:
+        raise ValueError("partition: empty; name one of those that `sinfo` lists")
+    if args.override and args.dirs_exists_ok:
+        raise ValueError("override: set together with dirs_exists_ok; one deletes what is there, the other keeps it")
+    if args.launcher == "bash" and args.sweep:
+        raise ValueError("launcher: bash runs one job at a time, and a sweep is several; use sbatch")
+
+
+# --- the job script ------------------------------------------------------------------------------------------------
+
+
+def partition_time_limit(partition: str) -> str:
+    """The longest time of a job, as sbatch takes it. Raises ValueError for a partition that SLURM does not have."""
+    limits = ask_slurm("sinfo", "--noheader", f"--partition={partition}", "--format=%l").split()
+    if not limits:
+        known = ", ".join(sorted(set(ask_slurm("sinfo", "--noheader", "--format=%R").split())))
+        raise ValueError(f"partition: SLURM has no '{partition}'; it has {known}")
+
+    def minutes(limit: str) -> float:
+        if not re.fullmatch(r"[\d:-]+", limit):
+            return float("inf")
+        days, _, clock = limit.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        hours, minute, second = [0] * (3 - len(parts)) + parts
+        return int(days or 0) * 1440 + hours * 60 + minute + second / 60
+
+    shortest = min(limits, key=minutes)
+    return shortest if minutes(shortest) < float("inf") else "UNLIMITED"
+
+
+def _directive(option: str, value: object) -> str:
+    """A line that sbatch reads; it takes backslash and quote as a shell does, and nothing else."""
+    text = re.sub(r'(["\\])', r"\\\1", str(value))
+    return f'#SBATCH --{option}="{text}"'
+
+
+def header(args: StoolArgs, name: str, n_runs: int = 1) -> list[str]:
+    """The lines for sbatch. Output goes to files that the script itself opens, whatever signs dump_dir has: sbatch
+    reads a percent sign or a backslash there as its own.
+    """
+    tasks = max(args.ngpu, 1)
+    options: list[tuple[str, object]] = [
+        ("job-name", " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", name).split()) or "lingua"),
+        ("nodes", args.nodes),
+        ("ntasks-per-node", tasks),
+        ("cpus-per-task", args.ncpu),
+        ("distribution", "block"),
+        ("partition", args.partition),
+        ("output", "/dev/null"),
+        ("signal", f"USR2@{WARNING_SECONDS}"),
+    ]
+    if args.ngpu:
+        options.append(("gres", f"gpu:{args.ngpu}"))
+    if args.time != -1:
+        options.append(("time", args.time))
+    elif args.launcher == "sbatch" and shutil.which("sinfo"):
+        options.append(("time", partition_time_limit(args.partition)))
+    options += [
+        (name, value) for name in ("mem", "account", "qos", "constraint", "exclude") if (value := getattr(args, name))
+    ]
+    if n_runs > 1:
+        options.append(("array", f"0-{n_runs - 1}"))
+    return ["#!/bin/bash", *(_directive(*option) for option in options), "#SBATCH --requeue"]
+
+
+def _find_conda() -> str:
+    conda = os.environ.get("CONDA_EXE") or shutil.which("conda")
+    if not conda:
+        raise ValueError("anaconda: there is no conda on the PATH; name a venv's folder, or leave it out")
+    return conda
+
+
+def activation(environment: str) -> list[str]:
+    """Shell lines that put the Python of `anaconda` first. Raises ValueError where there is none."""
+    prefix = Path(sys.prefix if environment == "default" else environment).expanduser().absolute()
+    if environment != "default" and not prefix.is_dir():
+        listed = subprocess.run(
+            [_find_conda(), "env", "list", "--json"], capture_output=True, text=True, timeout=PATIENCE
+        )
+        with contextlib.suppress(ValueError, KeyError):
+            folders = [Path(folder) for folder in json.loads(listed.stdout)["envs"]]
+            prefix = next((folder for folder in folders if folder.name == environment), prefix)
+    if not os.access(prefix / "bin" / "python", os.X_OK):
+        raise ValueError(
+            f"anaconda: '{environment}' is neither a folder with bin/python nor an environment that conda has"
+        )
+    if (prefix / "conda-meta").is_dir():
+        hook = f'eval "$({shlex.quote(_find_conda())} shell.bash hook)"'
+        return [f"{hook} && conda activate {shlex.quote(str(prefix))} || exit 1"]
+    lines = [f'export PATH={shlex.quote(str(prefix / "bin"))}"${{PATH:+:$PATH}}"']
+    if (prefix / "pyvenv.cfg").exists():
+        lines.append(f"export VIRTUAL_ENV={shlex.quote(str(prefix))}")
+    return lines
+
+
+def job_script(args: StoolArgs, run: Run, code: Path | None) -> str:
+    """A job of one run; `code`: the copy that it runs, if any."""
+    tasks = max(args.ngpu, 1)
+    srun = [
+        "srun",
+        f"--nodes={args.nodes}",
+        f"--ntasks={args.nodes * tasks}",
+        f"--ntasks-per-node={tasks}",
+        f"--cpus-per-task={args.ncpu}",
+        *([f"--gres=gpu:{args.ngpu}"] if args.ngpu else []),
+        "--kill-on-bad-exit=1",
+    ]
+    # One thread a rank, as torchrun has it, where ranks share a node.
+    threads = 1 if args.ngpu else args.ncpu
+    lines = [
+        *header(args, run.name),
+        "",
+        "# Written by lingua.stool. Start it again with sbatch: it goes on from the newest checkpoint.",
+        f"dump_dir={shlex.quote(str(run.dump_dir))}",
+        'export STOOL_LOGS="$dump_dir/logs/${SLURM_JOB_ID:?no SLURM job; start this file with sbatch}"',
+        'mkdir -p -- "$STOOL_LOGS" || exit 1',
+        '[ -n "${STOOL_TERMINAL:-}" ] || exec >> "$STOOL_LOGS/job.log" 2>&1',
+        "# Paths in the config are relative to where it was submitted from.",
+        f"cd -- {shlex.quote(os.getcwd())} || exit 1",
+        *activation(args.anaconda),
+    ]
+    if code is not None:
+        lines += [
+            "# The copy of the code, and not what lies in the folder that this runs in.",
+            f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1',
+        ]
+    lines += [
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
+        "# SLURM's warning before the end waits until the script is ready to answer it.",
+        "hold=()",
+        "env --block-signal=USR2 true 2> /dev/null && hold=(env --block-signal=USR2)",
+        f'command=("${{hold[@]}}" python -u -m {shlex.quote(args.script)} config="$dump_dir/{CONFIG_FILE}")',
+    ]
+    if args.stdout:
+        lines.append(f'exec {shlex.join(srun)} "${{command[@]}}"')
+    else:
+        to_file = 'exec "$@" >> "$STOOL_LOGS/rank_$SLURM_PROCID.log" 2>&1'
+        lines.append(f'exec {shlex.join(srun)} bash -c {shlex.quote(to_file)} bash "${{command[@]}}"')
+    return "\n".join(lines) + "\n"
+
+
+def array_script(args: StoolArgs, root: Path, runs: list[Run]) -> str:
+    """A job array of a sweep: each task is the script of one run, which can be started alone, too."""
+    folders = " ".join(shlex.quote(run.dump_dir.name) for run in runs)
+    lines = [
+        *header(args, str(runs[0].config.get("name")).removesuffix("_0"), len(runs)),
+        "",
+        "# Written by lingua.stool: a task a run. Each run's own submit.slurm starts it alone.",
+        f"runs=({folders})",
+        f'exec bash -- {shlex.quote(str(root))}/"${{runs[${{SLURM_ARRAY_TASK_ID:?start this file with sbatch}}]}}"/'
+        f"{SCRIPT_FILE}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of a run or a sweep of ours."""
+    submitted, trained = (folder / SCRIPT_FILE).is_file(), (folder / "config.yaml").is_file()
+    return (submitted and (folder / "logs").is_dir()) or (trained and (folder / "train.log").is_file())
+
+
+def script_of(folder: Path) -> str | None:
+    """The script that a folder's job runs."""
+    with contextlib.suppress(OSError):
+        match = re.search(r" -u -m (\S+) config=", (folder / SCRIPT_FILE).read_text(encoding="utf-8"))
+        return match[1] if match else None
+    return None
+
+
+def check_no_job(folder: Path) -> None:
+    """Raises ValueError where a job of this folder is in the queue or runs."""
+    listed = ask_slurm("squeue", "--noheader", "--me", "--format=%A %o")
+    jobs = sorted({line.split(" ", 1)[0] for line in listed.splitlines() if line.endswith(f" {folder / SCRIPT_FILE}")})
+    if jobs:
+        raise ValueError(
+            f"dump_dir: job {', '.join(jobs)} of '{folder}' is waiting or running; `scancel {jobs[0]}` ends it"
+        )
+
+
+def check_folder(args: StoolArgs, root: Path, runs: list[Run]) -> bool:
+    """Whether what is in `root` is to be deleted. Raises ValueError where neither that nor going on in it will do."""
+    check_writable("dump_dir", root, ROOM_FOR_FILES)
+    if not root.exists() or not any(root.iterdir()):
+        return False
+    if shutil.which("squeue"):
+        check_no_job(root)
+    if args.override:
+        if root.is_symlink() or not is_run(root):
+            raise ValueError(f"override: '{root}' is no run of ours, so it is not deleted; name another dump_dir")
+        data = OmegaConf.select(runs[0].config, "data.root_dir")
+        kept = [Path.cwd(), Path.home(), Path(__file__), Path(sys.prefix), *([Path(data)] if data else [])]
+        for path in kept:
+            if path.absolute().resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"override: '{root}' holds '{path}', so it is not deleted; name another dump_dir")
+        return True
+    if not args.dirs_exists_ok:
+        raise ValueError(
+            f"dump_dir: '{root}' is there already; sbatch {shlex.quote(str(root / SCRIPT_FILE))} goes on with a run, "
+            "dirs_exists_ok=true submits it anew, override=true deletes it first"
+        )
+    if script_of(root) not in (None, args.script):
+        raise ValueError(f"dump_dir: '{root}' is a run of {script_of(root)}; name another folder for {args.script}")
+    return False
+
+
+def confirm_deletion(folder: Path) -> None:
+    """Raises ValueError unless the answer is yes."""
+    try:
+        answer = input(f"Delete {folder} and all that is in it, checkpoints too? (yes/no) ")
+    except EOFError:
+        raise ValueError(
+            f"override: asks before '{folder}' is deleted, and nobody answers; delete it yourself"
+        ) from None
+    if answer.strip().lower() != "yes":
+        raise ValueError(f"override: '{folder}' was not deleted, since the answer was not yes")
+
+
+def code_roots(script: str) -> list[Path]:
+    """The folders that hold the script's package and this library, less what is installed."""
+    top = importlib.util.find_spec(script.split(".")[0])
+    where = next(iter(top.submodule_search_locations or ()), None) or top.origin
+    roots = dict.fromkeys([Path(where).resolve().parent, Path(__file__).resolve().parents[1]])
+    return [root for root in roots if "site-packages" not in root.parts]
+
+
+def code_files(root: Path, script: str) -> Iterator[Path]:
+    """The code under `root`: its own files, and those of its folders that have Python files in them."""
+
+    def is_code(path: Path) -> bool:
+        return path.suffix in CODE_SUFFIXES and path.is_file() and path.stat().st_size <= MAX_CODE_BYTES
+
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(".") or (path / "pyvenv.cfg").exists():
+            continue
+        if path.is_dir() and (path.name == script.split(".")[0] or any(path.glob("*.py"))):
+            for folder, subfolders, names in os.walk(path, followlinks=True):
+                subfolders[:] = [name for name in subfolders if not name.startswith((".", "__pycache__"))]
+                yield from (file for name in sorted(names) if is_code(file := Path(folder, name)))
+        elif is_code(path):
+            yield path
+
+
+def copy_code(script: str, destination: Path) -> None:
+    """Writes `destination` anew; what was there before stays until the new copy is whole."""
+    beside = destination.with_name(f"{destination.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    for root in code_roots(script):
+        for file in code_files(root, script):
+            copy = beside / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
+    if destination.exists():
+        old = destination.with_name(f"{destination.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        destination.rename(old)
+        beside.rename(destination)
+        shutil.rmtree(old)
+    else:
+        beside.rename(destination)
+
+
+def write_file(file: Path, text: str) -> None:
+    beside = file.with_name(f"{file.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(file)
+
+
+@contextlib.contextmanager
+def _taking_back(folder: Path) -> Iterator[None]:
+    """Removes, where an error follows, `folder` and those parents of it that were not there before."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if missing:
+            shutil.rmtree(missing[0], ignore_errors=True)
+        for path in missing[1:]:
+            with contextlib.suppress(OSError):  # something else may be in it by now
+                path.rmdir()
+        raise
+
+
+# --- submission ----------------------------------------------------------------------------------------------------
+
+
+def job_environment() -> dict[str, str]:
+    """This process's variables, less those of the job or launcher that it runs in itself."""
+    kept = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.match(name)}
+    if "SLURM_CONF" in os.environ:
+        kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    return kept
+
+
+def launch_job(args: StoolArgs) -> str | None:
+    """Writes dump_dir and submits the job; returns its id (None for a dry run). With launcher `bash` it waits for its
+    end.
+
+    Raises ValueError or OSError, one line, with nothing left behind that was not there before.
+    """
+    validate_stool_args(args)
+    root, runs = plan_runs(args)
+    known = args_of_script(args.script)
+    for run in runs:
+        if known is not None:
+            check_config(known, run.config, f"the config of {args.script}")
+    args = dataclasses.replace(args, nodes=count_nodes(args))
+    code = root / CODE_FOLDER if args.copy_code else None
+    if code is not None and (os.pathsep in str(code) or sys.version_info < (3, 11)):
+        why = f"a path with '{os.pathsep}' in it" if os.pathsep in str(code) else "a Python older than 3.11"
+        raise ValueError(f"copy_code: cannot be with {why}; set copy_code=false, or change that")
+    scripts = {run.dump_dir: job_script(args, run, code) for run in runs}
+    if args.sweep:
+        scripts[root] = array_script(args, root, runs)
+    command = ["bash" if args.launcher == "bash" else "sbatch", str(root / SCRIPT_FILE)]
+    delete = check_folder(args, root, runs)
+    if args.dryrun:
+        for folder, script in scripts.items():
+            print(f"# {folder / SCRIPT_FILE}\n{script}")
+        print(f"# command\n{shlex.join(command)}")
+        return None
+    if shutil.which(command[0]) is None:
+        raise ValueError("launcher: there is no sbatch on this machine; log in where SLURM is, or train with torchrun")
+    if delete:
+        confirm_deletion(root)
+        doomed = root.with_name(f"{root.name}.deleted")
+        root.rename(doomed)
+        shutil.rmtree(doomed)
+    with _taking_back(root):
+        root.mkdir(parents=True, exist_ok=True)
+        if code is not None:
+            copy_code(args.script, code)
+        for run in runs:
+            run.dump_dir.mkdir(exist_ok=True)
+            write_file(run.dump_dir / CONFIG_FILE, OmegaConf.to_yaml(run.config))
+        for folder, script in scripts.items():
+            (folder / "logs").mkdir(exist_ok=True)
+            write_file(folder / SCRIPT_FILE, script)
+        if args.launcher == "sbatch":
+            return submit(command, root, runs)
+    return run_here(command)
+
+
+def count_nodes(args: StoolArgs) -> int:
+    """`nodes`, worked out where it is -1."""
+    if args.launcher == "bash" and "SLURM_JOB_ID" not in os.environ:
+        raise ValueError(
+            "launcher: bash runs within an allocation; make one with salloc, or submit with launcher=sbatch"
+        )
+    if args.nodes != -1:
+        return args.nodes
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if args.launcher == "bash" else 1
+
+
+def submit(command: list[str], root: Path, runs: list[Run]) -> str:
+    """Calls sbatch, and tells how to follow the job."""
+    printed = ask_slurm(command[0], "--parsable", *command[1:], environment=job_environment())
+    job = printed.strip().split(";")[0]
+    rank_0 = Path("logs", job, "rank_0.log")
+    if runs[0].dump_dir == root:
+        print(f"job {job}: {root}\n  follow it   tail -F {shlex.quote(str(root / rank_0))}")
+    else:
+        print(f"job {job}: {len(runs)} runs in {root}")
+        for number, run in enumerate(runs):
+            print(f"  {job}_{number}   {run.dump_dir.name}")
+        print(f"  follow it   tail -F {shlex.quote(str(root))}/*/logs/*/rank_0.log")
+    print(f"  state       squeue --job {job}\n  end it      scancel {job}", flush=True)
+    return job
+
+
+def run_here(command: list[str]) -> str:
+    """Runs the script within this allocation, its output on this terminal. Raises OSError where it fails."""
+    code = subprocess.run(command, env={**os.environ, "STOOL_TERMINAL": "1"}).returncode
+    if code:
+        raise OSError(f"the job ended with exit code {code}; its ranks' output is in the dump_dir's logs")
+    return os.environ["SLURM_JOB_ID"]
+
+
+def parse_command_line(argv: list[str]) -> StoolArgs:
+    """Keys of StoolArgs are stool's; all others go over the script's config."""
+    own_names = {known.name for known in dataclasses.fields(StoolArgs)}
+
+    def is_own(argument: str) -> bool:
+        return re.split(r"[.=\[]", argument, maxsplit=1)[0] in own_names or "=" not in argument
+
+    files = [argument for argument in argv if argument.startswith("config=")]
+    args = parse_args(StoolArgs, [argument for argument in argv if is_own(argument) and argument not in files])
+    if len(files) != 1:
+        raise ValueError(f"config: given {len(files)} times; name one YAML file for the script to read")
+    kind = args_of_script(args.script)
+    overrides = [read_argument(argument, kind or _AnyScript) for argument in argv if not is_own(argument)]
+    for override in overrides:
+        if kind is not None:
+            check_config(kind, override, f"command line; keys of stool are {', '.join(sorted(own_names))}")
+    config = read_yaml(files[0].partition("=")[2])
+    args.config = functools.reduce(OmegaConf.merge, overrides, config)
+    return args
+
+
+def main() -> None:
+    if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return
+    launch_job(parse_command_line(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,401 @@
+"""What stool writes and refuses, and what a process reads of SLURM, without SLURM itself (tests/apps/test_slurm.py)."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from apps.main.train import TrainArgs
+from lingua import slurm
+from lingua.args import parse_args
+from lingua.distributed import find_world
+from lingua.stool import StoolArgs, job_environment, launch_job, main, parse_command_line
+
+ONE_JOB = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+@pytest.fixture(autouse=True)
+def outside_of_slurm(monkeypatch, tmp_path):
+    """No job around the test, no SLURM on the PATH, and a folder of its own to be in."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Puts a command on the PATH that notes its arguments, one a line, and prints what it is told to."""
+
+    def command(name: str, prints: str = "", code: int = 0) -> Path:
+        file, notes = tmp_path / "bin" / name, tmp_path / f"{name}.arguments"
+        (tmp_path / f"{name}.prints").write_text(prints)
+        lines = (
+            f"import sys; open({str(notes)!r}, 'a').write('\\n'.join(sys.argv[1:]) + '\\n')",
+            f"stream = sys.stderr if {code} else sys.stdout",
+            f"print(open({str(tmp_path / f'{name}.prints')!r}).read(), end='', file=stream)",
+            f"sys.exit({code})",
+        )
+        file.write_text(f"#!{sys.executable}\n" + "\n".join(lines))
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        return notes
+
+    return command
+
+
+# --- a process in a job --------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_srun(monkeypatch):
+    for name, value in ONE_JOB.items():
+        monkeypatch.setenv(name, value)
+    world = find_world()
+    assert (world.rank, world.local_rank, world.size) == (3, 1, 4)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "5")  # of this step, in a job of four
+    assert find_world().size == 5
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4"},  # a shell of salloc
+        {**ONE_JOB, "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # a batch script, without srun
+        {
+            **ONE_JOB,
+            "SLURM_PROCID": "0",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_ID": "4294967290",
+        },  # salloc's own step
+    ],
+)
+def test_processes_that_run_alone(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world = find_world()
+    assert (world.rank, world.size) == (0, 1)
+
+
+def test_torchrun_within_a_job_comes_first(monkeypatch):
+    for name, value in {**ONE_JOB, "RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    world = find_world()
+    assert (world.rank, world.size) == (5, 8)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu-[003-007,012],cpu[1-2]", "gpu-003"),
+        ("h[12,14]", "h12"),
+        ("r[1-2]n[04-08]-ib", "r1n04-ib"),
+        ("a.b-c,d[1-2]", "a.b-c"),
+        ("", ""),
+    ],
+)
+def test_first_host(nodes, first):
+    assert slurm.first_host(nodes) == first
+
+
+def test_meeting_point(monkeypatch):
+    """The same for all ranks of a step, another port for another step or job, and never one that Linux hands out."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[3-9]")
+    points = set()
+    for job in range(50):
+        for step in range(2):
+            monkeypatch.setenv("SLURM_JOB_ID", str(1000 + job))
+            monkeypatch.setenv("SLURM_STEP_ID", str(step))
+            assert slurm.meeting_point() == slurm.meeting_point()
+            points.add(tuple(slurm.meeting_point().values()))
+    assert {host for host, _ in points} == {"n3"}
+    assert all(1024 < int(port) < 32768 for _, port in points)
+    assert len(points) > 95
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n7")
+    assert slurm.meeting_point()["MASTER_ADDR"] == "n7"
+
+
+def test_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    for tasks, own in (("4(x2),3", True), ("8", False), ("2,5", False), ("", False)):
+        monkeypatch.setenv("SLURM_TASKS_PER_NODE", tasks)
+        assert slurm.has_gpu_of_its_own() is own
+
+
+def test_scratch(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    slurm.use_scratch()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_TMPDIR", str(scratch))
+    monkeypatch.setattr(slurm.tempfile, "tempdir", None)
+    slurm.use_scratch()
+    assert os.environ["TMPDIR"] == str(scratch)
+    assert os.environ["TRITON_CACHE_DIR"].startswith(str(scratch))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    slurm.use_scratch()
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+
+
+# --- requeueing ----------------------------------------------------------------------------------------------------
+
+
+def facts(state: str = "RUNNING", batch: int = 1, left: float = 100, preempted: str = "None") -> str:
+    """What scontrol tells of a job, whose name tries to say otherwise."""
+    end = datetime.fromtimestamp(time.time() + left).isoformat(timespec="seconds")
+    return f"""\
+JobId=12 JobName=   JobState=CANCELLED BatchFlag=0 PreemptTime=2026-01-01T00:00:00
+   JobState={state} Reason=None Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag={batch} Reboot=0 ExitCode=0:0
+   StartTime=2026-11-24T11:51:18 EndTime={end} Deadline=N/A
+   PreemptEligibleTime=2026-11-24T11:51:18 PreemptTime={preempted}
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "progress", "requeued"),
+    [
+        (facts(), True, True),
+        (facts(batch=0), True, False),
+        (facts(state="CANCELLED"), True, False),
+        (facts(state="COMPLETING"), True, False),
+        (facts(left=3000), False, True),  # a signal from somebody, not of the time limit
+        (facts(preempted="2026-11-24T11:55:00"), False, True),
+    ],
+)
+def test_requeueing(command, monkeypatch, said, progress, requeued):
+    notes = command("scontrol", said)
+    slurm.requeue(progress)
+    assert not notes.exists(), "there is no job"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    slurm.requeue(progress)
+    assert notes.read_text().splitlines() == ["show", "job", "12"] + ["requeue", "12"] * requeued
+
+
+def test_a_job_that_cannot_get_on_is_not_requeued_for_ever(command, monkeypatch):
+    notes = command("scontrol", facts())
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(OSError, match="before the first step"):
+        slurm.requeue(made_progress=False)
+    assert "requeue" not in notes.read_text().splitlines()
+
+
+def test_what_slurm_refuses_is_told(command, monkeypatch):
+    command("scontrol", "scontrol: error: Requested operation\nis presently disabled\n", code=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(OSError, match=r"^scontrol: Requested operation is presently disabled$"):
+        slurm.requeue(made_progress=True)
+
+
+# --- what is submitted ---------------------------------------------------------------------------------------------
+
+
+@given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_text_from_the_command_line_is_kept(value):
+    """As it stands, unless YAML says that it is quoted, nothing, or a reference to something else."""
+    if "${" in value or value.strip() in ("", "~") or value.strip().lower() == "null" or value[0] in "'\"#[{":
+        return
+    args = parse_args(TrainArgs, [f"dump_dir={value}", f"data.root_dir={value}", f"env.NAME={value}"])
+    assert args.dump_dir == args.data.root_dir == args.env["NAME"] == value
+
+
+def test_quotes_of_yaml_are_still_read():
+    args = parse_args(TrainArgs, ["dump_dir='a b'", 'name="x: y"', "data.root_dir=null", "steps=12", "env.A=012"])
+    assert (args.dump_dir, args.name, args.data.root_dir, args.steps) == ("a b", "x: y", None, 12)
+    assert args.env["A"] == "012"
+
+
+def write(file: str, text: str = "dump_dir: run\nname: n\n") -> str:
+    Path(file).write_text(text)
+    return file
+
+
+def test_command_line_is_split():
+    """What is not stool's goes over the script's config, with its types."""
+    arguments = ["nodes=2", "account=007", "optim.lr=1e-3", "sweep.optim.lr=[1,2]", "dump_dir=a # b", "partition=x: y"]
+    args = parse_command_line([f"config={write('c.yaml')}", *arguments])
+    assert (args.nodes, args.account, args.partition) == (2, "007", "x: y")
+    assert OmegaConf.to_container(args.config) == {"dump_dir": "a # b", "name": "n", "optim": {"lr": 1e-3}}
+    assert args.sweep == {"optim": {"lr": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config=c.yaml", "partion=x"], "partion: unknown key"),
+        (["config=c.yaml", "optim.lr=fast"], "optim.lr: 'fast' is not a number"),
+        (["config=c.yaml", "nodes=two"], "nodes: 'two' is not a whole number"),
+        (["config=c.yaml", "nodes=0"], "nodes: 0 is too small"),
+        (["config=c.yaml", "ngpu=-1"], "ngpu: -1 is too small"),
+        (["config=c.yaml", "time=0"], "time: 0 is too small"),
+        (["config=c.yaml", "launcher=ssh"], "launcher: 'ssh' is neither"),
+        (["config=c.yaml", "launcher=bash"], "launcher: bash runs within an allocation"),
+        (["config=c.yaml", "launcher=bash", "sweep.seed=[1]"], "launcher: bash runs one job"),
+        (["config=c.yaml", "override=true", "dirs_exists_ok=true"], "override: set together"),
+        (["config=c.yaml", "sweep.seed=3"], "sweep.seed: '3' where a list"),
+        (["config=c.yaml", "sweep.sead=[3]"], "sead: unknown key"),
+        (["config=c.yaml", "sweep.dump_dir=[a,b]"], "sweep.dump_dir: follows"),
+        (["config=c.yaml", "script=apps.main.nothing"], "script: there is no module"),
+        (["config=c.yaml", "script=apps/main/train.py"], "script: there is no module"),
+        (["config=c.yaml", "anaconda=nowhere"], "anaconda: there is no conda"),
+        (["config=c.yaml", "dump_dir=null"], "dump_dir: "),
+        (["config=c.yaml", "dump_dir=a:b"], "copy_code: cannot be with a path with ':'"),
+        (["config=missing.yaml"], "config: no file 'missing.yaml'"),
+        (["config=bad.yaml"], "stepz: unknown key"),
+        (["nodes=2"], "config: given 0 times"),
+        (["config=c.yaml", "config=c.yaml"], "config: given 2 times"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(tmp_path, arguments, message):
+    write("c.yaml")
+    write("bad.yaml", "dump_dir: run\nstepz: 3\n")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match="^.+$") as caught:
+        launch_job(parse_command_line(arguments))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+    write("c.yaml")
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["stool", "config=c.yaml", "dryrun=true", "nodes=3", "ngpu=4", "mem=64G"])
+    main()
+    printed = capsys.readouterr().out
+    for line in ('nodes="3"', 'ntasks-per-node="4"', 'gres="gpu:4"', 'mem="64G"', 'signal="USR2@120"'):
+        assert f"#SBATCH --{line}" in printed
+    assert f"sbatch {tmp_path}/run/submit.slurm" in printed
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_script_without_sbatch_is_bash(tmp_path, command, capsys):
+    """The script that a dry run prints is the one that is written, and bash can read it."""
+    config = {"dump_dir": str(tmp_path / 'it\'s $(x) `y` "z"\nline'), "name": "n"}
+    launch_job(StoolArgs(config=config, dryrun=True))
+    printed = capsys.readouterr().out
+    command("sbatch", "77;cluster\n")
+    assert launch_job(StoolArgs(config=config)) == "77"
+    script = Path(config["dump_dir"], "submit.slurm").read_text()
+    assert script in printed
+    checked = subprocess.run(
+        ["/bin/bash", "-n", Path(config["dump_dir"], "submit.slurm")], capture_output=True, text=True
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_what_is_left_in_dump_dir(tmp_path, command):
+    notes = command("sbatch", "77\n")
+    command("sinfo", "1-12:30:00\n2:00:00\n")
+    config = write("c.yaml", "dump_dir: deep/run\nsteps: ${data.batch_size}\nname: ${oc.env:SLURM_JOB_ID}\n")
+    assert launch_job(parse_command_line([f"config={config}", "data.batch_size=4"])) == "77"
+    run = tmp_path / "deep" / "run"
+    assert notes.read_text().splitlines() == ["--parsable", str(run / "submit.slurm")]
+    assert sorted(os.listdir(run)) == ["base_config.yaml", "code", "logs", "submit.slurm"]
+    saved = OmegaConf.load(run / "base_config.yaml")
+    assert OmegaConf.to_container(saved, resolve=False) == {
+        "dump_dir": str(run), "steps": "${data.batch_size}", "name": "${oc.env:SLURM_JOB_ID}", "data": {"batch_size": 4}
+    }  # fmt: skip
+    assert '#SBATCH --time="2:00:00"' in (run / "submit.slurm").read_text()
+    assert (run / "code" / "lingua" / "stool.py").read_bytes() == Path(slurm.__file__).with_name(
+        "stool.py"
+    ).read_bytes()
+    assert not list((run / "code").rglob("*.pyc"))
+    assert not (run / "code" / ".git").exists()
+
+
+def test_partition_without_a_limit(command, tmp_path):
+    command("sbatch", "77\n")
+    command("sinfo", "infinite\n")
+    launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False))
+    script = Path("run/submit.slurm").read_text()
+    assert '#SBATCH --time="UNLIMITED"' in script
+    assert "PYTHONPATH" not in script
+
+
+def test_a_refused_submission_takes_back_what_it_made(command, tmp_path):
+    command("sbatch", "sbatch: error: invalid account\n", code=1)
+    Path("kept").mkdir()
+    for folder in ("a/b/run", "kept/run"):
+        with pytest.raises(OSError, match="^sbatch: invalid account$"):
+            launch_job(StoolArgs(config={"dump_dir": folder}))
+    assert os.listdir("kept") == []
+    assert not Path("a").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "mine.txt", "checkpoints"])
+def test_override_refuses_what_is_no_run(command, inside, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    command("sbatch", "77\n")
+    Path("precious", inside).mkdir(parents=True, exist_ok=True)
+    Path("precious/data").touch()
+    with pytest.raises(ValueError, match="is no run of ours"):
+        launch_job(StoolArgs(config={"dump_dir": "precious"}, override=True))
+    assert Path("precious/data").exists()
+
+
+def test_override_never_deletes_what_is_worked_with(command, monkeypatch):
+    """The folder that one is in, and the data, are kept even in what looks like a run."""
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    command("sbatch", "77\n")
+    launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False))
+    Path("run/here").mkdir()
+    Path("run/data").mkdir()
+    with pytest.raises(ValueError, match="holds 'run/data'"):
+        launch_job(StoolArgs(config={"dump_dir": "run", "data": {"root_dir": "run/data"}}, override=True))
+    Path("link").symlink_to("run")
+    with pytest.raises(ValueError, match="no run of ours"):
+        launch_job(StoolArgs(config={"dump_dir": "link"}, override=True))
+    folder = Path("run").absolute()
+    monkeypatch.chdir("run/here")
+    with pytest.raises(ValueError, match="so it is not deleted"):
+        launch_job(StoolArgs(config={"dump_dir": str(folder)}, override=True))
+    assert (folder / "data").is_dir()
+
+
+def test_variables_of_the_job_around_are_not_handed_on(monkeypatch):
+    """An evaluation that a training job submits must not take itself for one of its ranks."""
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ENVIRONMENT"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PYTHONPATH"):
+        monkeypatch.setenv(name, "kept")
+    found = job_environment()
+    assert not {
+        "SLURM_JOB_ID",
+        "SLURM_MEM_PER_NODE",
+        "RANK",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "ENVIRONMENT",
+    } & set(found)
+    assert all(found[name] == "kept" for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PYTHONPATH"))
+
+
+def test_conda_environments(command, tmp_path):
+    """By name and by folder; conda itself is a stand-in."""
+    command("sbatch", "77\n")
+    environment = tmp_path / "envs" / "mine"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "conda-meta").mkdir()
+    (environment / "bin" / "python").symlink_to(sys.executable)
+    command("conda", f'{{"envs": ["{environment}"]}}')
+    for number, anaconda in enumerate(("mine", str(environment))):
+        launch_job(StoolArgs(config={"dump_dir": f"run{number}"}, anaconda=anaconda, copy_code=False))
+        assert f"conda activate {environment} || exit 1" in Path(f"run{number}", "submit.slurm").read_text()
+    with pytest.raises(ValueError, match="anaconda: 'other' is neither"):
+        launch_job(StoolArgs(config={"dump_dir": "run"}, anaconda="other"))
