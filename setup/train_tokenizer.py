@@ -1,0 +1,372 @@
+"""Trains a tokenizer on text that is here: on the chunks of data/<source>, or any .jsonl and .txt files.
+
+    python setup/train_tokenizer.py sp data/sample/stdlib --vocab_size 8000 --out tokenizers/mine
+    python setup/train_tokenizer.py tiktoken data/wiki data/code --vocab_size 32000 --out tokenizers/mine
+
+writes tokenizers/mine/tokenizer.model, whole or not at all. The same text, --max_bytes and --seed give the same bytes.
+
+`sp` is a sentencepiece model: byte-pair encoding, bytes for characters that it does not know, each digit by itself,
+runs of spaces as words of their own, and text as it is: no normalisation, and no space put before it, so that decoding
+gives the text back exactly (but for U+2581, which is sentencepiece's sign for a space). A word never spans lines.
+`tiktoken` is a rank file of byte-level byte-pair encoding, split by Llama 3's rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import os
+import random
+import re
+import shlex
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+from lingua.args import check_writable, first_line
+from lingua.data import parse_document, read_documents
+from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_tokenizer
+
+FILE_NAME = "tokenizer.model"
+# The words that there are before any is learned: bytes, and unknown, BOS, EOS or Llama 3's special tokens.
+N_FIXED = {"sp": 256 + 3, "tiktoken": 256 + N_TIKTOKEN_SPECIALS}
+
+BLOCK_BYTES = 2**20  # of a file, what is taken into the sample as one
+MAX_BLOCKS = 1_000_000  # that are drawn; far more than --max_bytes can need
+TEXT_BYTES = 10_000  # of whole lines of a .txt file, which make one document
+PIECE_CHARS = 4000  # sentencepiece leaves out what is too long, so longer lines are cut
+HELD_OUT_BYTES = 2**20
+HELD_OUT_EVERY = 20  # documents, where there is no validation file
+BEAT_SECONDS = 5
+
+
+class Heartbeat:
+    """Says every few seconds what is going on, while the trainers, which are silent, work in their own threads.
+
+    `n_bytes` counts the text read so far.
+    """
+
+    def __init__(self) -> None:
+        self.doing, self.n_bytes = "reading", 0
+
+    def __enter__(self) -> Heartbeat:
+        self._start, self._end = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_SECONDS):
+            seconds = time.monotonic() - self._start
+            say(f"{self.doing}, {self.n_bytes / 1e6:,.0f} MB of text, {seconds:.0f} s")
+
+
+@dataclass
+class Corpus:
+    """Files to train on, and those to measure on, if any."""
+
+    files: list[Path]
+    val_files: list[Path]
+    held_out: list[str] = field(default_factory=list)
+
+    def sample(self, max_bytes: int, seed: int, heartbeat: Heartbeat) -> Iterator[str]:
+        """Documents out of random places of all files, of at most `max_bytes` of text in all, or all there are.
+
+        Where there is no validation file, a few go to `held_out` instead. Reads little more than it gives. Raises
+        ValueError, with file and line, for what is no document.
+        """
+        block_bytes = max(4096, min(BLOCK_BYTES, max_bytes // 256))
+        n_blocks = [-(-file.stat().st_size // block_bytes) for file in self.files]
+        firsts = list(accumulate(n_blocks, initial=0))
+        room = 0 if self.val_files else HELD_OUT_BYTES
+        number = 0
+        for block in random.Random(seed).sample(range(firsts[-1]), min(firsts[-1], MAX_BLOCKS)):
+            which = bisect_right(firsts, block) - 1
+            start = (block - firsts[which]) * block_bytes
+            for text in read_block(self.files[which], start, start + block_bytes):
+                size = len(text.encode())
+                if heartbeat.n_bytes + size > max_bytes:
+                    return
+                heartbeat.n_bytes += size
+                number += 1
+                if number % HELD_OUT_EVERY == 0 and size <= room:
+                    room -= size
+                    self.held_out.append(text)
+                else:
+                    yield text
+
+    def to_measure_on(self) -> tuple[list[str], str]:
+        """Up to a megabyte of documents that were not trained on, and words for what they are."""
+        if not self.val_files:
+            return self.held_out, f"{len(self.held_out)} held-out documents"
+        texts, room = [], HELD_OUT_BYTES
+        for text in (clean(text) for file in self.val_files for text in read_documents(file)):
+            room -= len(text.encode())
+            if room < 0:
+                break
+            texts.append(text)
+        return texts, ", ".join(map(str, self.val_files))
+
+
+def say(line: str) -> None:
+    print(f"train_tokenizer: {line}", flush=True)
+
+
+def clean(text: str) -> str:
+    """`text` as the tokenizers see it, without halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def find_corpus(sources: list[Path]) -> Corpus:
+    """The files that `sources` name or hold. Raises ValueError where one has none."""
+    files: dict[Path, None] = {}
+    val_files: dict[Path, None] = {}
+    for source in sources:
+        if not source.exists():
+            raise ValueError(f"{source}: no such file or folder")
+        if source.is_file():
+            if source.suffix not in (".jsonl", ".txt"):
+                raise ValueError(f"{source}: neither a .jsonl nor a .txt file")
+            files[source] = None
+            continue
+        inside = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        found = [path for path in inside if path.suffix in (".jsonl", ".txt") and path.is_file()]
+        validation = [path for path in found if path.name.endswith(".val.jsonl")]
+        if len(found) == len(validation):
+            folders = [str(path) for path in inside if path.is_dir()]
+            hint = f"; name its folders, such as {folders[0]}" if folders else ""
+            raise ValueError(f"{source}: a folder with no .jsonl or .txt files to train on{hint}")
+        val_files |= dict.fromkeys(validation)
+        files |= dict.fromkeys(path for path in found if path not in validation)
+    return Corpus(list(files), list(val_files))
+
+
+def read_block(path: Path, start: int, stop: int) -> Iterator[str]:
+    """The documents whose first byte is among `start` .. `stop`-1 of a file; of a .txt file, some lines at a time."""
+    with open(path, "rb") as file:
+        # The byte before tells whether a line starts at `start`. If none does, it is the block's before.
+        file.seek(max(start - 1, 0))
+        place = file.tell() + len(file.readline()) if start else 0
+        lines: list[bytes] = []
+        while place < stop:
+            line = file.readline()
+            if not line:
+                break
+            if path.suffix == ".txt":
+                lines.append(line)
+                if sum(map(len, lines)) >= TEXT_BYTES:
+                    yield b"".join(lines).decode("utf-8", "replace")
+                    lines = []
+            elif not line.isspace():
+                yield clean(parse_line(line, path, place))
+            place += len(line)
+        if lines:
+            yield b"".join(lines).decode("utf-8", "replace")
+
+
+def parse_line(line: bytes, path: Path, place: int) -> str:
+    try:
+        return parse_document(line, path, 0)
+    except ValueError:
+        # Only now is the line's number worth reading all that stands before it.
+        with open(path, "rb") as file:
+            number = 1
+            while place > 0:
+                part = file.read(min(place, BLOCK_BYTES))
+                number += part.count(b"\n")
+                place -= len(part)
+        return parse_document(line, path, number)
+
+
+def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> bytes:
+    """A model with `vocab_size` pieces. Raises ValueError if `texts` have too few, or too many characters for it."""
+    from sentencepiece import SentencePieceTrainer
+
+    unreadable: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for line in (line for text in texts for line in text.split("\n")):
+                yield from (line[start : start + PIECE_CHARS] for start in range(0, len(line), PIECE_CHARS))
+        except (ValueError, OSError) as error:
+            unreadable.append(error)  # which sentencepiece would make a RuntimeError of
+        heartbeat.doing = "training"
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.99995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=4 * PIECE_CHARS,  # in bytes
+            # It is written into the model, which should not depend on the machine. The pieces do not depend on it.
+            num_threads=16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if unreadable:
+            raise unreadable[0] from None
+        # It tells the numbers, in words of its own and with the place in its source.
+        if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
+            raise ValueError(too_little_text(vocab_size, int(found[1]))) from None
+        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise ValueError(
+                f"--vocab_size {vocab_size}: too small for this text, whose characters are words, too; "
+                f"take {found[1]} or more"
+            ) from None
+        raise ValueError(f"sentencepiece cannot train on this text: {first_line(error)}") from None
+    if unreadable:
+        raise unreadable[0]
+    return model.getvalue()
+
+
+def train_ranks(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> bytes:
+    """A rank file for `vocab_size` words, special tokens included. Raises ValueError if `texts` have too few."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ValueError(
+            "training a tiktoken file takes the package tokenizers: `bash setup/create_env.sh` or "
+            "`pip install 'tokenizers>=0.22'`; sp does without"
+        ) from None
+
+    def all_texts() -> Iterator[str]:
+        yield from texts
+        heartbeat.doing = "training"
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - N_TIKTOKEN_SPECIALS,
+        initial_alphabet=alphabet,
+        min_frequency=2,  # a word that is there once is not worth one of the vocabulary
+        show_progress=False,
+    )
+    trained.train_from_iterator(all_texts(), trainer)
+    n_words = trained.get_vocab_size() + N_TIKTOKEN_SPECIALS
+    if n_words < vocab_size:
+        raise ValueError(too_little_text(vocab_size, n_words))
+
+    # The library writes a byte as a visible character: of Latin-1 as that itself, others in order from U+0100 on.
+    others = (char for char in alphabet if ord(char) >= 256)
+    byte_of = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
+    vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    tokens = [bytes(byte_of[char] for char in token) for token, _ in vocabulary]
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def too_little_text(vocab_size: int, possible: int) -> str:
+    return (
+        f"--vocab_size {vocab_size}: this text has {possible} words at the most; take {possible} or less, or more text"
+    )
+
+
+TRAINERS = {"sp": train_sentencepiece, "tiktoken": train_ranks}
+
+
+def train(kind: str, sources: list[Path], vocab_size: int, out: Path, max_bytes: int, seed: int) -> None:
+    """Write a tokenizer into folder `out`, and tell how well it does. Raises ValueError for what cannot work."""
+    path = out / FILE_NAME
+    if path.exists():
+        raise ValueError(f"--out {out}: {path} is there already, and is not overwritten; name another folder")
+    if vocab_size <= N_FIXED[kind]:
+        raise ValueError(f"--vocab_size {vocab_size}: {N_FIXED[kind]} words are there before any is learned; take more")
+    if max_bytes <= 0:
+        raise ValueError(f"--max_bytes {max_bytes}: wanted a positive number of bytes")
+    corpus = find_corpus(sources)
+    check_writable("--out", out, needed=64 * vocab_size)
+
+    say(f"files: {len(corpus.files)}, {sum(file.stat().st_size for file in corpus.files) / 1e6:,.1f} MB")
+    with Heartbeat() as heartbeat:
+        texts = corpus.sample(max_bytes, seed, heartbeat)
+        first = next(texts, None)
+        if first is None:
+            raise ValueError(f"no text in {', '.join(map(str, sources))} (within --max_bytes {max_bytes})")
+
+        def with_first() -> Iterator[str]:
+            yield first
+            yield from texts
+
+        content = TRAINERS[kind](with_first(), vocab_size, heartbeat)
+        out.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{FILE_NAME}.part")
+        part.write_bytes(content)
+        tokenizer = build_tokenizer(kind, str(part))
+        os.replace(part, path)
+        say(f"trained on {heartbeat.n_bytes / 1e6:,.1f} MB of text; written to {path}")
+        heartbeat.doing = "measuring"
+        measured, what = corpus.to_measure_on()
+        n_tokens = sum(len(tokenizer.encode(text)) for text in measured)
+        n_bytes = sum(len(text.encode()) for text in measured)
+
+    say(f"{tokenizer.n_words:,} words, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}")
+    if n_tokens:
+        say(f"{n_bytes / n_tokens:.2f} bytes a token on {what} (tokenizer bytes: 1.00)")
+    say(f"train with data.tokenizer.name={kind} {shlex.quote(f'data.tokenizer.path={path}')}")
+
+
+def number_of_bytes(value: str) -> int:
+    return int(float(value))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains a tokenizer on local text.")
+    parser.add_argument("kind", choices=TRAINERS, help="sentencepiece model, or rank file in tiktoken's format")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        help="folders of .jsonl or .txt files (*.val.jsonl is kept to measure on), files",
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, required=True, help="words in all: bytes and special tokens are included"
+    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to write {FILE_NAME} into")
+    parser.add_argument(
+        "--max_bytes",
+        type=number_of_bytes,
+        default=10**9,
+        help="of text to train on; more is sampled evenly. sp takes about 9 times this in memory (default: 1e9)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        train(args.kind, args.sources, args.vocab_size, args.out, args.max_bytes, args.seed)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        sys.exit(f"train_tokenizer: {' '.join(str(error).split())}")
+    except OSError as error:
+        sys.exit(f"train_tokenizer: {error.filename or args.out}: {error.strerror or first_line(error)}")
+
+
+if __name__ == "__main__":
+    main()
