@@ -40,6 +40,7 @@ from apps.main.validation import (
     validate_validation_args,
     validation_files,
 )
+from lingua import slurm
 from lingua.args import check_writable, parse_args, read_yaml, to_dict, to_yaml
 from lingua.checkpoint import find_damage, list_checkpoints
 from lingua.data import VALIDATION_FILES
@@ -330,6 +331,7 @@ def main() -> None:
     args = parse_args(EvalArgs)
     world = find_world()
     init_logger(world.rank, world.size)
+    slurm.use_scratch()
     with process_group(world):
         launch_eval(args)
 

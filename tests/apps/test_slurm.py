@@ -18,6 +18,7 @@ from training import (
     read_losses,
     read_metrics,
     run_command,
+    snapshot,
     start_ranks,
     tiny_config,
     wait_until,
@@ -359,6 +360,41 @@ def test_override_asks(slurm, corpus, tmp_path):
 
 def submitted_after_question(result: Result) -> str:
     return result.ok().out.split("(yes/no) ")[1].split()[1].rstrip(":")
+
+
+def test_data_is_shuffled_by_job_arrays(slurm, corpus, tmp_path):
+    """The same files as one process writes, on two nodes; a job that cannot read its file is told of."""
+
+    def prepare(folder: str, *arguments: object) -> Result:
+        script = [
+            sys.executable,
+            "setup/download_prepare_hf_data.py",
+            "mine",
+            "0.4",
+            "--files",
+            corpus / "*" / "*.chunk.*",
+        ]
+        done = subprocess.run(
+            list(map(str, [*script, "--data_dir", tmp_path / folder, "--nchunks", "3", *arguments])),
+            cwd=REPOSITORY, env=clean_environment(**slurm.variables), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    on_slurm = ("--slurm_partition", "learn", "--slurm_tasks", "2", "--slurm_time", "10")
+    prepare("alone", "--workers", "1").ok()
+    prepare("array", *on_slurm).ok()
+    names = {f"mine.chunk.{number:02d}.jsonl" for number in range(3)} | {"mine.val.jsonl", "mine.manifest.json"}
+    written = [snapshot(tmp_path / folder / "mine_shuffled") for folder in ("alone", "array")]
+    assert written[0].keys() == written[1].keys() == names
+    assert all(written[0][name] == written[1][name] for name in names if name.endswith(".jsonl"))
+
+    (corpus / "alpha" / "bad.chunk.00.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    try:
+        refused = prepare("bad", *on_slurm)
+    finally:
+        (corpus / "alpha" / "bad.chunk.00.jsonl").unlink()
+    assert refused.code == 1
+    assert "bad.chunk.00.jsonl:2: " in refused.err.splitlines()[-1]
 
 
 def test_no_sbatch_is_told(corpus, tmp_path, monkeypatch):
