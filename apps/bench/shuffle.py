@@ -121,7 +121,7 @@ def main() -> None:
             make_documents(source, size * 1e9)
             n = source.stat().st_size
             floor = copy_once(source, target)
-            copy = {"seconds": floor, "largest": 1.0, "together": 1.0}
+            copy = {"seconds": floor, "largest": "-", "together": "-"}
             rows.append(row("copy once", n, copy, floor))
             if shuf and size == min(args.sizes):
                 command = f'{shuf} "$1" -o "$2" && sync "$2"'

@@ -1,0 +1,524 @@
+"""Documents of a dataset: its files, the parts they are cut into, and the lines of a part as pieces of a few MB.
+
+Files are JSON lines (plain, gzip, zstd) or parquet, local or behind any URL that fsspec knows. A plain file is cut into
+byte ranges, a parquet file into ranges of row groups, a compressed one is one part. A document's place is the offset of
+its line's first byte in the decompressed file, or its row's number, so it does not depend on how the file was cut.
+
+Nothing here needs torch; pyarrow and fsspec are imported where a file asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import stat
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import orjson
+
+if TYPE_CHECKING:
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+PARQUET = (".parquet",)
+LINES = (".jsonl", ".json", ".ndjson")
+GZIP, ZSTD = tuple(f"{kind}.gz" for kind in LINES), tuple(f"{kind}.zst" for kind in LINES)
+SUFFIXES = PARQUET + LINES + GZIP + ZSTD
+CODECS = dict.fromkeys(GZIP, "gzip") | dict.fromkeys(ZSTD, "zstd")
+
+BLOCK_BYTES = 1 << 20  # read at a time; what fits the processor's cache is split and checked fastest
+# A document in work: its bytes, in a buffer that grows by doubling, and as a string of up to 4 bytes a character.
+DOCUMENT_COPIES = 6
+
+
+class InputFile(NamedTuple):
+    """`name`: path relative to the dataset; `size` in bytes; `stamp` changes when the file does."""
+
+    path: str
+    name: str
+    size: int
+    stamp: str
+
+    @property
+    def suffix(self) -> str:
+        return suffix_of(self.path)
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.suffix in PARQUET
+
+    @property
+    def is_plain(self) -> bool:
+        return self.suffix in LINES
+
+
+class Part(NamedTuple):
+    """The `number`-th (from 0) of `count` about equal parts of a file."""
+
+    file: InputFile
+    number: int
+    count: int
+
+
+class Piece(NamedTuple):
+    """Documents in one buffer, which is good until the next piece: document i is `data[starts[i] : stops[i]]`.
+
+    Each is a line with its line feed. `places`: uint64, the documents' places in the file; `done`: how much of the part
+    is read with it, from 0 to 1.
+    """
+
+    data: memoryview
+    starts: np.ndarray
+    stops: np.ndarray
+    places: np.ndarray
+    done: float
+
+
+# --- paths and URLs ----------------------------------------------------------------------------------------------
+
+
+def suffix_of(path: str) -> str:
+    """The one of SUFFIXES that `path` ends in, or an empty string."""
+    return next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def local_form(path: str) -> str:
+    """`file://` URLs as paths; the rest as it is."""
+    return path.removeprefix("file://") if path.startswith("file://") else path
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URL and the path in it. Raises ValueError where there is none, or its package is missing."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+        known = f"pip install {package[protocol]}" if protocol in package else str(error)
+        raise ValueError(f"{url}: no package for '{protocol}://' is installed; {known}") from None
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from None
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def open_input(path: str) -> IO[bytes]:
+    if not is_remote(path):
+        return open(path, "rb", buffering=0)
+    system, inner = filesystem(path)
+    return system.open(inner, "rb")
+
+
+def find_files(patterns: list[str], exclude: str | None = None) -> list[InputFile]:
+    """The files of folders (all that are JSON lines or parquet, hidden ones left out), globs and paths, sorted.
+
+    What lies in the folder `exclude` is left out. Raises ValueError where a pattern finds nothing, or something whose
+    name has none of SUFFIXES.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for pattern in map(local_form, patterns):
+        here = _find_remote(pattern) if is_remote(pattern) else _find_local(pattern)
+        if exclude is not None:
+            here = {path: facts for path, facts in here.items() if not path.startswith(join(exclude, ""))}
+        if not here:
+            raise ValueError(f"{pattern}: no such files; wanted names that end in {', '.join(SUFFIXES)}")
+        found |= here
+    paths = sorted(found, key=lambda path: path.split("/"))
+    folders = [path.split("/")[:-1] for path in paths]
+    # In sorted order what the first and the last share, all share.
+    n_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(folders[0], folders[-1], strict=False)))
+    return [InputFile(path, "/".join(path.split("/")[n_shared:]), *found[path]) for path in paths]
+
+
+def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
+    """Sizes and stamps by absolute path."""
+    pattern = os.path.abspath(os.path.expanduser(pattern))
+    paths = []
+    for match in [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True):
+        if not os.path.isdir(match):
+            paths += _with_known_suffix([match])
+        for folder, folders, names in os.walk(match, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            paths += [os.path.join(folder, name) for name in names if suffix_of(name) and not name.startswith(".")]
+    facts = {}
+    for path in paths:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: no regular file")
+        facts[path] = status.st_size, str(status.st_mtime_ns)
+    return facts
+
+
+def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
+    system, inner = filesystem(pattern)
+    try:
+        matches = system.glob(inner, detail=True) if glob.has_magic(inner) else {inner: system.info(inner)}
+        listed = {path: info for path, info in matches.items() if info["type"] == "file"}
+        kept = _with_known_suffix(list(listed))
+        for folder in matches.keys() - listed.keys():
+            inside = system.find(folder, detail=True)
+            listed |= inside
+            kept += [path for path in inside if suffix_of(path) and not os.path.basename(path).startswith(".")]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"{pattern}: cannot be listed: {error}") from None
+    stamps = ("ETag", "etag", "LastModified", "mtime", "updated", "created")
+    return {
+        system.unstrip_protocol(path): (
+            listed[path]["size"],
+            next((str(listed[path][key]) for key in stamps if key in listed[path]), ""),
+        )
+        for path in kept
+    }
+
+
+def _with_known_suffix(paths: list[str]) -> list[str]:
+    for path in paths:
+        if not suffix_of(path):
+            raise ValueError(f"{path}: not a name of JSON lines or parquet; they end in {', '.join(SUFFIXES)}")
+    return paths
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_part(part: Part, max_document: int) -> Iterator[Piece]:
+    """The documents of a part, in order, each checked to be what the loader reads.
+
+    `max_document`: bytes of the longest that memory allows. Raises ValueError that names the file and the line or row.
+    """
+    try:
+        if part.file.is_parquet:
+            yield from _read_parquet(part)
+        elif part.file.is_plain:
+            first, last = (part.file.size * number // part.count for number in (part.number, part.number + 1))
+            with open_input(part.file.path) as source:
+                yield from read_lines(source, part.file, first, last, max_document)
+        else:
+            yield from _read_compressed(part.file, max_document)
+    except OSError as error:
+        raise ValueError(f"{part.file.path}: cannot be read: {error.strerror or error}") from None
+
+
+def _open_compressed(file: InputFile, source: IO[bytes]) -> IO[bytes]:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(source, CODECS[file.suffix])
+
+
+def _read_compressed(file: InputFile, max_document: int) -> Iterator[Piece]:
+    with open_input(file.path) as source, _open_compressed(file, source) as stream:
+        try:
+            for piece in read_lines(stream, file, 0, None, max_document):
+                yield piece._replace(done=min(source.tell() / file.size, 1.0))
+        except OSError as error:
+            codec = CODECS[file.suffix]
+            raise ValueError(f"{file.path}: cut off or no {codec} file ({error}); get it again") from None
+
+
+def read_lines(
+    source: IO[bytes], file: InputFile, first: int, last: int | None, max_document: int, block: int = BLOCK_BYTES
+) -> Iterator[Piece]:
+    """The documents whose lines begin in bytes `first` up to `last` (None: to the end) of the file.
+
+    So each belongs to one range, wherever a file is cut. Lines of white space only are left out, carriage returns
+    before line feeds too, and a last line without a line feed gets one.
+    """
+    buffer = bytearray(block)
+    # `buffer[:filled]` is the file from `offset` on. A range begins in the middle of a line that is not its own, unless
+    # the byte before it is a line feed.
+    offset, filled, in_foreign_line = max(first - 1, 0), 0, first > 0
+    if offset:
+        source.seek(offset)
+    ended = False
+    while not ended and (last is None or offset < last):
+        if filled == len(buffer):
+            if filled > max_document:
+                raise _too_long(file, offset, max_document)
+            longer = bytearray(2 * len(buffer))
+            longer[:filled] = buffer
+            buffer = longer
+        n = source.readinto(memoryview(buffer)[filled:])
+        ended = not n
+        if ended and filled:
+            buffer[filled] = ord("\n")  # there is room: only a buffer that was not full is read into
+            n = 1
+        cut = buffer.rfind(b"\n", filled, filled + n) + 1
+        filled += n
+        if in_foreign_line:
+            begin = buffer.find(b"\n", 0, filled) + 1
+            in_foreign_line = begin == 0
+            if in_foreign_line:
+                offset, filled = offset + filled, 0
+                continue
+        else:
+            begin = 0
+        if cut:
+            yield from _lines_in(buffer, begin, cut, file, offset, first, last)
+            rest = filled - cut
+            tail = buffer[cut:filled]
+            if len(buffer) > block and rest <= block:
+                buffer = bytearray(block)
+            buffer[:rest] = tail
+            offset, filled = offset + cut, rest
+
+
+def _lines_in(
+    buffer: bytearray, begin: int, end: int, file: InputFile, offset: int, first: int, last: int | None
+) -> Iterator[Piece]:
+    """The documents of the whole lines in `buffer[begin:end]`, which is the file from `offset` + `begin` on."""
+    array = np.frombuffer(buffer, np.uint8)
+    stops = np.flatnonzero(array[begin:end] == ord("\n")) + (begin + 1)
+    starts = np.empty_like(stops)
+    starts[:1], starts[1:] = begin, stops[:-1]
+    if last is not None:
+        n_ours = np.searchsorted(starts, last - offset)
+        starts, stops = starts[:n_ours], stops[:n_ours]
+    places = (starts + offset).astype(np.uint64)
+    if len(starts) and places[0] == 0 and buffer.startswith(b"\xef\xbb\xbf"):
+        starts[0] = 3  # the mark of UTF-8 that some programs write
+    returns = array[np.maximum(stops - 2, starts)] == ord("\r")
+    if returns.any():
+        stops = stops - returns
+        array[stops[returns] - 1] = ord("\n")
+    not_empty = stops - starts > 1
+    if not not_empty.all():
+        starts, stops, places = starts[not_empty], stops[not_empty], places[not_empty]
+    data = memoryview(buffer)
+    blank = _check_lines(data, starts, stops, file, offset)
+    if blank:
+        starts, stops, places = (np.delete(values, blank) for values in (starts, stops, places))
+    done = 1.0 if last is None else (offset + end - first) / max(last - first, 1)
+    if len(starts):
+        yield Piece(data, starts, stops, places, min(done, 1.0))
+
+
+def _check_lines(data: memoryview, starts: np.ndarray, stops: np.ndarray, file: InputFile, offset: int) -> list[int]:
+    """Numbers of the lines that are white space only. Raises ValueError for one that is no document."""
+    loads, blank = orjson.loads, []
+    for number, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        try:
+            document = loads(data[start:stop])
+            if type(document) is dict and type(document.get("text", document.get("content"))) is str:
+                continue
+        except orjson.JSONDecodeError:
+            pass
+        line = bytes(data[start:stop])
+        if line.isspace():
+            blank.append(number)
+        else:
+            _check_slowly(line, file, offset + start)
+    return blank
+
+
+def _check_slowly(line: bytes, file: InputFile, place: int) -> None:
+    """As the loader does, which takes NaN, too, for example, or brackets nested deeper. Raises its ValueError."""
+    from lingua.data import parse_document
+
+    try:
+        line.decode()
+        parse_document(line, Path("file"), 0)
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.start + 1} of the line is no UTF-8 ({error.reason})"
+    except ValueError as error:
+        wrong = str(error).removeprefix("file:0: ")
+    else:
+        return
+    raise ValueError(f"{file.path}:{line_number(file, place)}: {wrong}")
+
+
+def line_number(file: InputFile, place: int) -> int:
+    """That of the line (from 1) whose first byte is byte `place` of the decompressed file."""
+    number, block = 1, bytearray(BLOCK_BYTES)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_input(file.path))
+        if not file.is_plain:
+            source = stack.enter_context(_open_compressed(file, source))
+        while place > 0:
+            n = min(source.readinto(block), place)
+            number += block.count(b"\n", 0, n)
+            place = place - n if n else 0
+    return number
+
+
+def _too_long(file: InputFile, place: int, max_document: int) -> ValueError:
+    """Reads the line to its end, to tell what it takes."""
+    length, block = 0, bytearray(BLOCK_BYTES)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_input(file.path))
+        if not file.is_plain:
+            source = stack.enter_context(_open_compressed(file, source))
+        position, end = 0, -1
+        if file.is_plain:
+            source.seek(place)
+            position = place
+        while end < 0 and (n := source.readinto(block)):
+            end = block.find(b"\n", min(max(place - position, 0), n), n)
+            position += n
+            length = (position - n + end if end >= 0 else position) - place
+    times = length / max_document
+    return ValueError(
+        f"{file.path}:{line_number(file, place)}: a line of {length / 1e6:,.1f} MB, more than a worker's share of "
+        f"memory allows ({max_document / 1e6:,.1f} MB); give {times + 0.1:.1f} times the memory, or use fewer workers"
+    )
+
+
+# --- parquet -----------------------------------------------------------------------------------------------------
+
+
+def _open_parquet(file: InputFile, source: IO[bytes]) -> pq.ParquetFile:
+    # Arrow's other allocators keep what was freed.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # A buffer makes it read pages as they are needed instead of whole columns of a row group.
+        return pq.ParquetFile(source, buffer_size=BLOCK_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file.path}: not a parquet file, or cut off ({_short(error)}); get it again") from None
+
+
+def _read_parquet(part: Part) -> Iterator[Piece]:
+    file = part.file
+    with open_input(file.path) as source, _open_parquet(file, source) as table:
+        names = _column_order(file, table.schema_arrow)
+        n_groups = table.num_row_groups
+        first, last = (n_groups * number // part.count for number in (part.number, part.number + 1))
+        rows = [table.metadata.row_group(group).num_rows for group in range(last)]
+        row, n_rows = sum(rows[:first]), sum(rows[first:last])
+        if not n_rows:
+            return
+        size = sum(table.metadata.row_group(group).total_byte_size for group in range(first, last))
+        batch_rows = max(1, min(10_000, BLOCK_BYTES * n_rows // max(size, 1)))
+        begin = row
+        batches = table.iter_batches(batch_rows, row_groups=list(range(first, last)), columns=names, use_threads=False)
+        for batch in _guarded(batches, file):
+            lines = _rows_as_lines(batch.select(names), file, row)
+            stops = np.cumsum([len(line) for line in lines])
+            starts = np.concatenate([[0], stops[:-1]])
+            places = np.arange(row, row + len(lines), dtype=np.uint64)
+            row += len(lines)
+            yield Piece(memoryview(b"".join(lines)), starts, stops, places, (row - begin) / n_rows)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _guarded(batches: Iterator[pa.RecordBatch], file: InputFile) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    try:
+        yield from batches
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file.path}: a damaged parquet file ({_short(error)}); get it again") from None
+
+
+def _column_order(file: InputFile, schema: pa.Schema) -> list[str]:
+    """All columns, the text first. Raises ValueError where there is none of strings."""
+    import pyarrow as pa
+
+    key = next((key for key in ("text", "content") if key in schema.names), None)
+    if key is None:
+        raise ValueError(f'{file.path}: neither "text" nor "content" among its columns {sorted(schema.names)}')
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{file.path}: two columns of one name among {sorted(schema.names)}")
+    kind = schema.field(key).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise ValueError(f'{file.path}: column "{key}" is of type {kind}; wanted strings')
+    return [key, *(name for name in schema.names if name != key)]
+
+
+def _rows_as_lines(batch: pa.RecordBatch, file: InputFile, row: int) -> list[bytes]:
+    """`row`: the number of the batch's first one."""
+    names = batch.schema.names
+    try:
+        columns = [column.to_pylist() for column in batch.columns]
+        if batch.column(0).null_count == 0:
+            return [_dump(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    except (UnicodeDecodeError, orjson.JSONEncodeError):
+        pass
+    raise _wrong_row(batch, file, row)
+
+
+def _wrong_row(batch: pa.RecordBatch, file: InputFile, row: int) -> ValueError:
+    """Looks for the first value that cannot be written."""
+    for number in range(batch.num_rows):
+        for position, name in enumerate(batch.schema.names):
+            where = f"{file.path}: row {row + number} (from 0), column '{name}'"
+            try:
+                value = batch.column(position)[number].as_py()
+                _dump({name: value})
+            except (UnicodeDecodeError, orjson.JSONEncodeError) as error:
+                return ValueError(f"{where}: cannot be written as JSON ({_short(error.__cause__ or error)})")
+            if position == 0 and value is None:
+                return ValueError(f"{where}: null; wanted a string")
+    return ValueError(f"{file.path}: rows {row} to {row + batch.num_rows} cannot be written as JSON")
+
+
+def _dump(row: dict[str, Any]) -> bytes:
+    return orjson.dumps(row, default=_as_text, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no form for."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+# --- how much there is -------------------------------------------------------------------------------------------
+
+# Bytes of JSON lines for one of the file, where nothing can be sampled yet. Real ones are larger or about so.
+USUAL_EXPANSION = dict.fromkeys(PARQUET, 1.7) | dict.fromkeys(LINES, 1.0) | dict.fromkeys(GZIP + ZSTD, 2.5)
+
+
+def estimate_expansion(files: list[InputFile], n_samples: int = 4) -> dict[str, float]:
+    """Bytes of JSON lines for one byte of a file, by suffix, from the beginnings of some files of each."""
+    by_suffix: dict[str, list[InputFile]] = {}
+    for file in files:
+        if file.size:
+            by_suffix.setdefault(file.suffix, []).append(file)
+    measure: dict[str, Callable[[InputFile], float]] = {
+        **dict.fromkeys(PARQUET, _parquet_expansion),
+        **dict.fromkeys(LINES, lambda file: 1.0),
+        **dict.fromkeys(GZIP + ZSTD, _compressed_expansion),
+    }
+    return {
+        suffix: float(np.mean([measure[suffix](file) for file in group[:: -(-len(group) // n_samples)]]))
+        for suffix, group in by_suffix.items()
+    }
+
+
+def _parquet_expansion(file: InputFile) -> float:
+    with open_input(file.path) as source, _open_parquet(file, source) as table:
+        groups = range(table.metadata.num_row_groups)
+        return sum(table.metadata.row_group(group).total_byte_size for group in groups) / file.size
+
+
+def _compressed_expansion(file: InputFile) -> float:
+    block, n = bytearray(BLOCK_BYTES), 0
+    try:
+        with open_input(file.path) as source, _open_compressed(file, source) as stream:
+            while n < 4 * BLOCK_BYTES and (read := stream.readinto(block)):
+                n += read
+            return n / max(source.tell(), 1)
+    except OSError:
+        return 1.0  # reading it tells what is wrong
