@@ -229,7 +229,7 @@ _KEPT = (
     "aten::_scaled_mm",
     "aten::_scaled_dot_product",
     "aten::topk",
-    "aten::_embedding_bag",
+    "lingua::",
     "_c10d_functional::",
     "_dtensor::",
 )

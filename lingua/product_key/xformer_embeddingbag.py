@@ -1,16 +1,35 @@
-"""The weighted lookup: for each token, the sum of `weight * table[slot]` over its bag of slots.
+"""The weighted lookup: for each token, the sum of `weight * table[slot]` over its bag of slots; and PEER's first half,
+the products of a token with the rows of its slots.
 
-PyTorch's operator does it for fp32 tables. For a half-precision table its backward lacks the gradient of the weights
-on CUDA, and on a CPU sums the table's gradient in that precision, which loses the small terms of slots that many tokens
-read; so both gradients are worked out here, in fp32. PEER's first half, the products of a token with the rows of its
-slots, stands beside it.
+Both are made of three operations, each the gradient of another:
+
+    bag_sums        (N, D)    the rows of a token's slots, times factors, summed
+    bag_products    (N, K)    the rows of a token's slots, times its vector
+    table_gradient  (S, D)    for each slot, factors times vectors of all places that read it
+
+They are operators of PyTorch's (namespace `lingua`), which torch.compile takes as they are. On a GPU they are Triton
+kernels (lookup_kernels.py); elsewhere, and in fp64, PyTorch's own operators. Everything is summed in fp32 or more.
+Suffixes: N tokens, K slots a token, S slots in all, D dim.
 """
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections import deque
 
 import torch
 import torch.nn.functional as F
 
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
 # Elements of the table that are gathered at once, 64 MiB in fp32; the gradient of the rows read comes on top of that.
 CHUNK_ELEMENTS = 2**24
+
+# Bytes from which a result's memory is used again (`_used_again`).
+LARGE = 2**24
 
 
 def xformers_embedding_bag(
@@ -20,7 +39,7 @@ def xformers_embedding_bag(
 
     Args:
         indices: (N, bag) slots, int32 or int64, each in [0, S).
-        weight: (S, D) table, fp32, bf16 or fp16.
+        weight: (S, D) table, any floating type.
         per_sample_weights: (N, bag), any floating type; rounded to the table's.
         mode: "sum", the only one that product-key memories use.
 
@@ -32,10 +51,7 @@ def xformers_embedding_bag(
         raise ValueError(
             f"indices {tuple(indices.shape)} and per_sample_weights {tuple(per_sample_weights.shape)} must be (N, bag)"
         )
-    per_sample_weights = per_sample_weights.to(weight.dtype)
-    if weight.dtype in (torch.bfloat16, torch.float16):
-        return _HalfPrecisionBag.apply(indices, weight, per_sample_weights)
-    return F.embedding_bag(indices, weight, per_sample_weights=per_sample_weights, mode="sum")
+    return bag_sums(indices, weight, per_sample_weights.to(weight.dtype), weight.dtype)
 
 
 def slot_products(indices: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -48,66 +64,204 @@ def slot_products(indices: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) 
 
     Never holds the (N, bag, D) rows all at once, forward or backward.
     """
-    return _SlotProducts.apply(indices, weight, x)
+    return bag_products(indices, weight, x)
 
 
-class _HalfPrecisionBag(torch.autograd.Function):
-    """`F.embedding_bag` with both gradients summed in fp32."""
-
-    @staticmethod
-    def forward(ctx, indices, weight, per_sample_weights):
-        ctx.save_for_backward(indices, weight, per_sample_weights)
-        return F.embedding_bag(indices, weight, per_sample_weights=per_sample_weights, mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad_ND):
-        indices, weight, per_sample_weights = ctx.saved_tensors
-        grad_per_sample = _gathered("nkd,nd->nk", indices, weight, grad_ND).to(per_sample_weights.dtype)
-        return None, _table_gradient(indices, weight, per_sample_weights, grad_ND), grad_per_sample
+def _runs_on_triton(tensor: torch.Tensor) -> bool:
+    """The one place that decides: kernels on GPUs, and in Triton's interpreter where that is asked for."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (tensor.is_cuda or interpreted) and tensor.dtype != torch.float64 and _has_triton()
 
 
-class _SlotProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, indices, weight, x_ND):
-        ctx.save_for_backward(indices, weight, x_ND)
-        return _gathered("nkd,nd->nk", indices, weight, x_ND)
-
-    @staticmethod
-    def backward(ctx, grad_NK):
-        indices, weight, x_ND = ctx.saved_tensors
-        grad_x = _gathered("nkd,nk->nd", indices, weight, grad_NK).to(x_ND.dtype)
-        return None, _table_gradient(indices, weight, grad_NK, x_ND), grad_x
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def _accumulator(weight: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _chunks(indices: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    tokens = max(CHUNK_ELEMENTS // max(indices.shape[1] * weight.shape[1], 1), 1)
-    return [slice(start, start + tokens) for start in range(0, len(indices), tokens)]
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lingua::bag_sums", mutates_args=())
+def bag_sums(indices: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`sum_k factors[n, k] * weight[indices[n, k]]`, (N, D) of type `dtype`."""
+    if _runs_on_triton(weight):
+        from lingua.product_key import lookup_kernels
+
+        return lookup_kernels.sums(indices, weight, factors, dtype)
+    if factors.dtype == weight.dtype:
+        return F.embedding_bag(indices, weight, per_sample_weights=factors, mode="sum").to(dtype)
+    return _gathered("nkd,nk->nd", indices, weight, factors).to(dtype)
+
+
+@torch.library.custom_op("lingua::bag_products", mutates_args=())
+def bag_products(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """`<weight[indices[n, k]], vectors[n]>`, (N, K) in fp32 or more."""
+    if _runs_on_triton(weight):
+        from lingua.product_key import lookup_kernels
+
+        return lookup_kernels.products(indices, weight, vectors)
+    is_wide = weight.dtype == vectors.dtype == _accumulator(weight.dtype)
+    if weight.device.type == "cpu" and is_wide and indices.numel():
+        return _products_one_by_one(indices, weight, vectors)
+    return _gathered("nkd,nd->nk", indices, weight, vectors)
+
+
+@torch.library.custom_op("lingua::table_gradient", mutates_args=())
+def table_gradient(
+    indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor, n_slots: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Row s sums `factors[n, k] * vectors[n]` over all n, k with indices[n, k] = s: (S, D) of type `dtype`."""
+    if _runs_on_triton(vectors):
+        from lingua.product_key import lookup_kernels
+
+        return lookup_kernels.gradient(indices, factors, vectors, n_slots, dtype)
+    if _has_sparse_products(vectors.device, dtype):
+        return _gradient_of_all_rows(indices, factors.to(dtype), vectors.to(dtype), n_slots)
+    return _gradient_of_rows_read(indices, factors, vectors, n_slots, dtype)
+
+
+@bag_sums.register_fake
+def _(indices: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight.new_empty(indices.shape[0], weight.shape[1], dtype=dtype)
+
+
+@bag_products.register_fake
+def _(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    return weight.new_empty(indices.shape, dtype=_accumulator(weight.dtype))
+
+
+@table_gradient.register_fake
+def _(
+    indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor, n_slots: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return vectors.new_empty(n_slots, vectors.shape[1], dtype=dtype)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _sums_backward(ctx, grad_ND):
+    indices, weight, factors = ctx.saved_tensors
+    grad_weight = grad_factors = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = table_gradient(indices, factors, grad_ND, len(weight), weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_factors = bag_products(indices, weight, grad_ND).to(factors.dtype)
+    return None, grad_weight, grad_factors, None
+
+
+def _products_backward(ctx, grad_NK):
+    indices, weight, vectors = ctx.saved_tensors
+    grad_weight = grad_vectors = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = table_gradient(indices, grad_NK, vectors, len(weight), weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_vectors = bag_sums(indices, weight, grad_NK, vectors.dtype)
+    return None, grad_weight, grad_vectors
+
+
+bag_sums.register_autograd(_sums_backward, setup_context=_keep_for_backward)
+bag_products.register_autograd(_products_backward, setup_context=_keep_for_backward)
+
+
+# --- by PyTorch's operators ------------------------------------------------------------------------------------------
+
+
+def _has_sparse_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """On a CPU a bag is a row of a sparse matrix, and MKL multiplies such, in fp32 and fp64, at the speed of memory."""
+    return device.type == "cpu" and torch.backends.mkl.is_available() and dtype == _accumulator(dtype)
+
+
+def _products_one_by_one(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """By the operator that is the gradient of F.embedding_bag's weights: nothing is gathered."""
+    n, bag = indices.shape
+    bags = torch.arange(n, dtype=indices.dtype)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        vectors.contiguous(), weight, indices.flatten(), bags * bag, bags.repeat_interleave(bag), mode=0
+    ).view(n, bag)
 
 
 def _gathered(equation: str, indices: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`einsum(equation, weight[indices], other)` a chunk of tokens at a time, in fp32 or more."""
-    dtype = _accumulator(weight)
+    dtype = _accumulator(weight.dtype)
     shape = indices.shape if equation.endswith("nk") else (len(indices), weight.shape[1])
     result = torch.empty(shape, dtype=dtype, device=weight.device)
-    for chunk in _chunks(indices, weight):
+    tokens = max(CHUNK_ELEMENTS // max(indices.shape[1] * weight.shape[1], 1), 1)
+    for start in range(0, len(indices), tokens):
+        chunk = slice(start, start + tokens)
         result[chunk] = torch.einsum(equation, weight[indices[chunk]].to(dtype), other[chunk].to(dtype))
     return result
 
 
-def _table_gradient(
-    indices: torch.Tensor, weight: torch.Tensor, factors_NK: torch.Tensor, vectors_ND: torch.Tensor
+def _by_slots(slots: torch.Tensor, factors: torch.Tensor, n_slots: int, bag: int) -> torch.Tensor:
+    """The sparse matrix (S, N) of the factors: in row s the tokens that read slot s, in order. Slots are (N * K)."""
+    places = torch.argsort(slots, stable=True)
+    ends = torch.zeros(n_slots + 1, dtype=torch.int64, device=slots.device)
+    torch.cumsum(torch.bincount(slots, minlength=n_slots), 0, out=ends[1:])
+    tokens = torch.div(places, bag, rounding_mode="floor")
+    size = (n_slots, len(slots) // bag)
+    return torch.sparse_csr_tensor(ends, tokens, factors.flatten()[places], size, check_invariants=False)
+
+
+def _gradient_of_all_rows(
+    indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor, n_slots: int
 ) -> torch.Tensor:
-    """The table's dense gradient: row s sums `factor * vector` over all places that read slot s, in fp32 or more."""
-    dtype = _accumulator(weight)
+    """Each row is written once, zeros too."""
+    out = _used_again(n_slots, vectors.shape[1], vectors.device, vectors.dtype)
+    if indices.numel() == 0:
+        return out.zero_()
+    matrix = _by_slots(indices.flatten(), factors, n_slots, indices.shape[1])
+    return torch.addmm(out, matrix, vectors.contiguous(), beta=0, out=out)
+
+
+def _gradient_of_rows_read(
+    indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor, n_slots: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The sums of the rows that are read, in fp32 or more, put into zeros."""
+    out = _used_again(n_slots, vectors.shape[1], vectors.device, dtype).zero_()
+    if indices.numel() == 0:
+        return out
+    wide = _accumulator(vectors.dtype)
     slots, positions = torch.unique(indices, return_inverse=True)
-    rows = torch.zeros(len(slots), weight.shape[1], dtype=dtype, device=weight.device)
-    for chunk in _chunks(indices, weight):
-        terms_NKD = vectors_ND[chunk].to(dtype)[:, None] * factors_NK[chunk].to(dtype)[..., None]
-        rows.index_add_(0, positions[chunk].flatten(), terms_NKD.flatten(0, 1))
-    gradient = torch.zeros_like(weight)
-    gradient[slots] = rows.to(weight.dtype)
-    return gradient
+    if _has_sparse_products(vectors.device, wide):
+        matrix = _by_slots(positions.flatten(), factors.to(wide), len(slots), indices.shape[1])
+        rows = _used_again(len(slots), vectors.shape[1], vectors.device, wide)
+        torch.addmm(rows, matrix, vectors.to(wide).contiguous(), beta=0, out=rows)
+    else:
+        rows = torch.zeros(len(slots), vectors.shape[1], dtype=wide, device=vectors.device)
+        tokens = max(CHUNK_ELEMENTS // max(indices.shape[1] * vectors.shape[1], 1), 1)
+        for start in range(0, len(indices), tokens):
+            chunk = slice(start, start + tokens)
+            terms_NKD = vectors[chunk].to(wide)[:, None] * factors[chunk].to(wide)[..., None]
+            rows.index_add_(0, positions[chunk].flatten(), terms_NKD.flatten(0, 1))
+    out[slots] = rows.to(dtype)
+    return out
+
+
+# Storages of earlier results, one for a table's gradient and one for what it is made from.
+_storages: deque[torch.UntypedStorage] = deque(maxlen=2)
+
+
+def _used_again(n_rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(n_rows, dim) with anything in it: in memory that an earlier result had, and that nobody else holds any more.
+
+    On a CPU, fresh memory comes from the operating system a page at a time, each cleared first; for a gradient of
+    256 MB that takes several times as long as writing it.
+    """
+    n_bytes = n_rows * dim * dtype.itemsize
+    if device.type != "cpu" or n_bytes < LARGE:
+        return torch.empty(n_rows, dim, dtype=dtype, device=device)
+
+    def is_free(storage: torch.UntypedStorage) -> bool:
+        return n_bytes <= storage.nbytes() <= 2 * n_bytes and torch._C._storage_Use_Count(storage._cdata) == 1
+
+    storage = next(filter(is_free, _storages), None)
+    if storage is None:
+        storage = torch.UntypedStorage(n_bytes + n_bytes // 8)  # the next time it may be some more rows
+        _storages.append(storage)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (n_rows, dim), (dim, 1))

@@ -166,3 +166,61 @@ def test_the_module_is_a_table_and_its_lookup():
     assert table.weight.std().item() == pytest.approx(0.2, rel=0.03)
     indices, _, scores, _ = draw(6, 4, 400, 25, torch.float32)
     assert torch.equal(table(indices, scores), xformers_embedding_bag(indices, table.weight, scores))
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_are_what_the_compiler_is_told(dtype):
+    """Shapes, types and gradients of the operators, as torch.library checks them."""
+    indices, weight, scores, grad = draw(5, 4, 10, 8, dtype)
+    weight, scores = weight.requires_grad_(), scores.to(dtype).requires_grad_()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(xformer_embeddingbag.bag_sums, (indices, weight, scores, dtype), test_utils=tests)
+    torch.library.opcheck(xformer_embeddingbag.bag_products, (indices, weight, grad.requires_grad_()), test_utils=tests)
+
+
+def test_compiled_without_a_break():
+    indices, weight, scores, _ = draw(6, 4, 10, 8, torch.float32)
+
+    def loss(weight, scores):
+        return xformers_embedding_bag(indices, weight, scores * 2).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (weight, scores)]
+        function(*leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.allclose(expected, actual, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_is_used_again_when_nobody_holds_it(monkeypatch, dtype):
+    """A gradient that is kept stays as it is; the next one after it is let go may lie where it lay."""
+    monkeypatch.setattr(xformer_embeddingbag, "LARGE", 1)
+    xformer_embeddingbag._storages.clear()
+    indices, weight, scores, grad = draw(6, 4, 10, 8, dtype)
+    weight.requires_grad_()
+
+    def backward(factor):
+        weight.grad = None
+        xformers_embedding_bag(indices, weight, scores).backward(factor * grad.to(dtype))
+        return weight.grad
+
+    kept = backward(1)
+    as_it_was, where = kept.clone(), kept.data_ptr()
+    other = backward(2)
+    assert torch.equal(kept, as_it_was)
+    assert torch.allclose(other, 2 * kept)
+    del kept, other
+    again = backward(1)
+    assert torch.equal(again, as_it_was)
+    assert again.data_ptr() == where or dtype != torch.float32
+    view = again[1:2]
+    weight.grad = None
+    del again
+    before = view.clone()
+    backward(3)
+    assert torch.equal(view, before)
