@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import logging.handlers
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 FORMAT = "%(levelname).1s %(asctime)s %(rank)s%(message)s"
 
@@ -35,6 +37,23 @@ def init_logger(rank: int = 0, world_size: int = 1, stream: TextIO | None = None
     # What is said before there is a log file is kept for it.
     _add(_EarlyRecords(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False), "")
     logging.captureWarnings(True)
+
+
+def claim(folder: Path) -> BinaryIO:
+    """Keeps other runs out of a folder, by a lock on its log file, until the file that is returned is closed, or this
+    process dies. Raises ValueError where another run has it.
+    """
+    file = open(folder / "train.log", "ab")
+    try:
+        # Of a kind that children do not inherit, and that network filesystems know.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(
+                f"dump_dir: another run is writing into '{folder}'; wait for its end, or name another folder"
+            ) from None
+    return file
 
 
 def add_log_file(file: Path) -> logging.Handler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -52,9 +53,11 @@ def find_ranks() -> tuple[int, int, int] | None:
 
 def has_gpu_of_its_own() -> bool:
     """Whether a task that sees one GPU shares it with no other task, as with `srun --gpus-per-task=1`."""
-    gpus, tasks = os.environ.get("SLURM_GPUS_ON_NODE", ""), os.environ.get("SLURM_TASKS_PER_NODE", "")
-    most_tasks = max(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", tasks)), default=0)
-    return gpus.isdecimal() and 0 < most_tasks <= int(gpus)
+    gpus, node = os.environ.get("SLURM_GPUS_ON_NODE", ""), os.environ.get("SLURM_NODEID", "0")
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+    # Such as "4(x2),3": four on each of two nodes, three on one.
+    on_nodes = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
+    return gpus.isdecimal() and node.isdecimal() and int(node) < len(on_nodes) and on_nodes[int(node)] <= int(gpus)
 
 
 def first_host(nodes: str) -> str:
@@ -77,28 +80,40 @@ def meeting_point() -> dict[str, str]:
     return {"MASTER_ADDR": host, "MASTER_PORT": str(_FIRST_PORT + zlib.crc32(step.encode()) % _N_PORTS)}
 
 
-def use_scratch() -> None:
+def scratch_variables() -> dict[str, str]:
     """Within a job: temporary files go to the job's own scratch folder where the cluster makes one, and Triton's
     compiled kernels to the node's own disk, since a home folder over the network makes all ranks wait.
     """
     if not in_job():
-        return
-    for folder in (os.environ.get("SLURM_TMPDIR"), f"/scratch/slurm_tmpdir/{os.environ['SLURM_JOB_ID']}"):
-        if folder and os.path.isdir(folder) and os.access(folder, os.W_OK):
-            os.environ["TMPDIR"] = folder
+        return {}
+    folders = (os.environ.get("SLURM_TMPDIR"), f"/scratch/slurm_tmpdir/{os.environ['SLURM_JOB_ID']}")
+    own = next((folder for folder in folders if folder and os.path.isdir(folder) and os.access(folder, os.W_OK)), None)
+    kernels = os.path.join(own or tempfile.gettempdir(), f"triton_{os.getuid()}")
+    return {"TRITON_CACHE_DIR": kernels} | ({"TMPDIR": own} if own else {})
+
+
+def use_scratch() -> None:
+    """Sets `scratch_variables`, but for what the user has set for Triton."""
+    for name, value in scratch_variables().items():
+        if name == "TMPDIR":
+            os.environ[name] = value
             tempfile.tempdir = None  # found out before
-            break
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton_{os.getuid()}"))
+        else:
+            os.environ.setdefault(name, value)
 
 
 def ask_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """What one of SLURM's commands prints. Raises OSError, one line, where it fails."""
+    """What one of SLURM's commands prints. Raises OSError, one line, where it fails; TimeoutError without an answer."""
+    variables = dict(os.environ if environment is None else environment)
+    variables.pop("SLURM_TIME_FORMAT", None)
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, env=environment
+            command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, env=variables
         )
+    except FileNotFoundError:
+        raise OSError(f"{command[0]}: not on the PATH of this machine") from None
     except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]}: no answer within {PATIENCE} s") from None
+        raise TimeoutError(f"{command[0]}: no answer within {PATIENCE} s") from None
     if result.returncode:
         said = re.sub(rf"({command[0]}: )?(error|fatal): ", "", " ".join(result.stderr.split()))
         raise OSError(f"{command[0]}: {said or f'exit code {result.returncode}'}")
@@ -114,6 +129,12 @@ def requeue(made_progress: bool) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
+    if shutil.which("scontrol") is None:
+        logger.warning("job %s is not requeued, since there is no scontrol here; start it again to go on", job)
+        return
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        # One task of an array has the array's number as its own, which would mean all of them.
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     facts = ask_slurm("scontrol", "show", "job", job)
     # The first line holds the job's name, which may say anything; the others start with their first key.
     fact = {
@@ -132,7 +153,7 @@ def requeue(made_progress: bool) -> None:
         logger.info("job %s is %s, so it is not requeued", job, fact.get("JobState", "gone").lower())
     elif not made_progress and fact.get("PreemptTime") in (None, "None") and _ends_soon(fact.get("EndTime", "")):
         raise OSError(
-            f"job {job} has reached its time limit before the first step was done, so it is not requeued; "
+            f"job {job} has reached its time limit without getting on (no step done), so it is not requeued; "
             "give it more time"
         )
     else:

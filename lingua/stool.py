@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,30 +34,29 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lingua.args import check_config, check_writable, escape, parse_args, read_argument, read_yaml, to_yaml
-from lingua.distributed import run_main
-from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm
+from lingua.args import (
+    check_config,
+    check_writable,
+    escape,
+    first_line,
+    from_dict,
+    looks_secret,
+    parse_args,
+    read_argument,
+    read_yaml,
+    to_yaml,
+)
+from lingua.distributed import run_main, validate_environment
+from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm, scratch_variables
 
 CONFIG_FILE, SCRIPT_FILE, CODE_FOLDER = "base_config.yaml", "submit.slurm", "code"
 
-# What a copy of the code holds.
-CODE_SUFFIXES = {
-    ".py",
-    ".pyi",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".cfg",
-    ".ini",
-    ".txt",
-    ".md",
-    ".sh",
-    ".c",
-    ".cpp",
-    ".cu",
-    ".h",
-}
+# What a copy of the code holds beside the folders that have Python files in them: files of these kinds.
+CODE_SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".json", ".txt", ".md", ".sh"}
+# Of them, those that may hold secrets by their names.
+_DATA_SUFFIXES = CODE_SUFFIXES - {".py", ".pyi", ".md", ".sh"} | {""}
 MAX_CODE_BYTES = 2**20  # of a file
 
 # Bytes that config, script and a copy of the code take, generously.
@@ -68,6 +68,14 @@ _OF_A_LAUNCHER = re.compile(
     r"|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES"
     r"|GPU_DEVICE_ORDINAL|STOOL_LOGS|STOOL_TERMINAL)$"
 )
+# Variables by which sbatch would be told something else than by the script.
+_OF_SBATCH = {
+    "job-name": "JOB_NAME", "partition": "PARTITION", "time": "TIMELIMIT", "gres": "GRES", "signal": "SIGNAL",
+    "array": "ARRAY_INX", "distribution": "DISTRIBUTION", "output": "OUTPUT", "export": "EXPORT",
+    "requeue": "REQUEUE", "no-requeue": "NO_REQUEUE", "account": "ACCOUNT", "qos": "QOS", "constraint": "CONSTRAINT",
+}  # fmt: skip
+# Those of them that only count where the key is set.
+_OPTIONAL = ("mem", "account", "qos", "constraint", "exclude")
 
 
 @dataclass
@@ -154,6 +162,8 @@ def read_config(config: Any) -> DictConfig:
         return read_yaml(os.fspath(config))
     if dataclasses.is_dataclass(config):
         return OmegaConf.create(to_yaml(config))
+    if isinstance(config, dict) and isinstance(config.get("dump_dir"), os.PathLike):
+        config = {**config, "dump_dir": os.fspath(config["dump_dir"])}
     if isinstance(config, (Mapping, DictConfig)):
         return OmegaConf.create(config)
     raise ValueError("config: not set; name the YAML file for the script to read")
@@ -166,11 +176,11 @@ def flatten_sweep(values: Mapping[str, Any], prefix: str = "") -> dict[str, list
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             flat |= flatten_sweep(value, f"{key}.")
-        elif isinstance(value, list | tuple) and value:
-            flat[key] = list(value)
+        elif isinstance(value, list | tuple) and value and not any(isinstance(one, Mapping) for one in value):
+            flat[key] = [one.item() if hasattr(one, "item") else one for one in value]  # numpy's numbers as Python's
         else:
             raise ValueError(
-                f"sweep.{key}: '{value}' where a list of values is wanted, such as sweep.optim.lr=[1e-4,3e-4]"
+                f"sweep.{key}: '{value}' where a list of single values is wanted, such as sweep.optim.lr=[1e-4,3e-4]"
             )
     return flat
 
@@ -193,7 +203,7 @@ def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
     for number, combination in enumerate(combinations):
         run = Run(root, OmegaConf.create(config))
         for key, value in combination:
-            OmegaConf.update(run.config, key, escape(value))
+            OmegaConf.update(run.config, key, escape(value), merge=False)
         if combination:
             said = ",".join(f"{key}={value}" for key, value in combination)
             safe = re.sub(r"[^\w.,=+-]+", "_", said)[:100]
@@ -202,6 +212,9 @@ def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
                 OmegaConf.update(run.config, "name", f"{run.name if 'name' in config else root.name}_{number}")
         OmegaConf.update(run.config, "dump_dir", escape(str(run.dump_dir)))
         runs.append(run)
+    paths = [OmegaConf.select(run.config, "checkpoint.path") for run in runs]
+    if len(runs) > 1 and None not in paths and len(set(paths)) < len(paths):
+        raise ValueError(f"checkpoint.path: '{paths[0]}' for several runs of the sweep; leave it out")
     return root, runs
 
 
@@ -267,6 +280,7 @@ def header(args: StoolArgs, name: str, n_runs: int = 1) -> list[str]:
         ("distribution", "block"),
         ("partition", args.partition),
         ("output", "/dev/null"),
+        ("export", "ALL"),
         ("signal", f"USR2@{WARNING_SECONDS}"),
     ]
     if args.ngpu:
@@ -275,9 +289,7 @@ def header(args: StoolArgs, name: str, n_runs: int = 1) -> list[str]:
         options.append(("time", args.time))
     elif args.launcher == "sbatch" and shutil.which("sinfo"):
         options.append(("time", partition_time_limit(args.partition)))
-    options += [
-        (name, value) for name in ("mem", "account", "qos", "constraint", "exclude") if (value := getattr(args, name))
-    ]
+    options += [(name, value) for name in _OPTIONAL if (value := getattr(args, name))]
     if n_runs > 1:
         options.append(("array", f"0-{n_runs - 1}"))
     return ["#!/bin/bash", *(_directive(*option) for option in options), "#SBATCH --requeue"]
@@ -290,10 +302,12 @@ def _find_conda() -> str:
     return conda
 
 
-def activation(environment: str) -> list[str]:
-    """Shell lines that put the Python of `anaconda` first. Raises ValueError where there is none."""
-    prefix = Path(sys.prefix if environment == "default" else environment).expanduser().absolute()
-    if environment != "default" and not prefix.is_dir():
+def find_environment(environment: str) -> Path:
+    """The folder of the Python environment that `anaconda` names. Raises ValueError where there is none."""
+    if environment == "default":
+        return Path(sys.prefix)
+    prefix = Path(environment).expanduser().absolute()
+    if not prefix.is_dir():
         listed = subprocess.run(
             [_find_conda(), "env", "list", "--json"], capture_output=True, text=True, timeout=PATIENCE
         )
@@ -304,6 +318,11 @@ def activation(environment: str) -> list[str]:
         raise ValueError(
             f"anaconda: '{environment}' is neither a folder with bin/python nor an environment that conda has"
         )
+    return prefix
+
+
+def activation(prefix: Path) -> list[str]:
+    """Shell lines that put an environment's Python first."""
     if (prefix / "conda-meta").is_dir():
         hook = f'eval "$({shlex.quote(_find_conda())} shell.bash hook)"'
         return [f"{hook} && conda activate {shlex.quote(str(prefix))} || exit 1"]
@@ -313,9 +332,25 @@ def activation(environment: str) -> list[str]:
     return lines
 
 
-def job_script(args: StoolArgs, run: Run, code: Path | None) -> str:
-    """A job of one run; `code`: the copy that it runs, if any."""
+def check_copy(code: Path, prefix: Path) -> None:
+    """Raises ValueError where a copy of the code cannot be put before the folder that the job runs in."""
+    if os.pathsep in str(code):
+        raise ValueError(f"copy_code: cannot be with '{os.pathsep}' in dump_dir; set copy_code=false, or change that")
+    version = sys.version_info[:2]
+    if prefix != Path(sys.prefix):
+        asked = [prefix / "bin" / "python", "-c", "import sys; print(*sys.version_info[:2])"]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE).stdout.split()
+        version = tuple(map(int, told)) if len(told) == 2 else (0, 0)
+    if version < (3, 11):
+        raise ValueError(f"copy_code: needs Python 3.11 or newer, not that of '{prefix}'; set copy_code=false")
+
+
+def job_script(args: StoolArgs, run: Run, code: Path | None, answers_usr2: bool) -> str:
+    """A job of one run. `code`: the copy that it runs, if any; `answers_usr2`: whether the script has a StopSignal."""
     tasks = max(args.ngpu, 1)
+    prefix = find_environment(args.anaconda)
+    # A system's own Python may go by the name of python3 alone.
+    python = "python" if (prefix / "bin" / "python").exists() else shlex.quote(sys.executable)
     srun = [
         "srun",
         f"--nodes={args.nodes}",
@@ -324,6 +359,7 @@ def job_script(args: StoolArgs, run: Run, code: Path | None) -> str:
         f"--cpus-per-task={args.ncpu}",
         *([f"--gres=gpu:{args.ngpu}"] if args.ngpu else []),
         "--kill-on-bad-exit=1",
+        "--export=ALL",
     ]
     # One thread a rank, as torchrun has it, where ranks share a node.
     threads = 1 if args.ngpu else args.ncpu
@@ -337,7 +373,7 @@ def job_script(args: StoolArgs, run: Run, code: Path | None) -> str:
         '[ -n "${STOOL_TERMINAL:-}" ] || exec >> "$STOOL_LOGS/job.log" 2>&1',
         "# Paths in the config are relative to where it was submitted from.",
         f"cd -- {shlex.quote(os.getcwd())} || exit 1",
-        *activation(args.anaconda),
+        *activation(prefix),
     ]
     if code is not None:
         lines += [
@@ -346,11 +382,13 @@ def job_script(args: StoolArgs, run: Run, code: Path | None) -> str:
         ]
     lines += [
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
-        "# SLURM's warning before the end waits until the script is ready to answer it.",
-        "hold=()",
-        "env --block-signal=USR2 true 2> /dev/null && hold=(env --block-signal=USR2)",
-        f'command=("${{hold[@]}}" python -u -m {shlex.quote(args.script)} config="$dump_dir/{CONFIG_FILE}")',
+        f'command=({python} -u -m {shlex.quote(args.script)} config="$dump_dir/{CONFIG_FILE}")',
     ]
+    if answers_usr2:
+        lines += [
+            "# SLURM's warning before the end waits until the script is ready to answer it.",
+            'env --block-signal=USR2 true 2> /dev/null && command=(env --block-signal=USR2 "${command[@]}")',
+        ]
     if args.stdout:
         lines.append(f'exec {shlex.join(srun)} "${{command[@]}}"')
     else:
@@ -383,46 +421,87 @@ def is_run(folder: Path) -> bool:
 
 
 def script_of(folder: Path) -> str | None:
-    """The script that a folder's job runs."""
+    """The script that a folder's job runs, or None where it was not submitted."""
     with contextlib.suppress(OSError):
         match = re.search(r" -u -m (\S+) config=", (folder / SCRIPT_FILE).read_text(encoding="utf-8"))
         return match[1] if match else None
     return None
 
 
-def check_no_job(folder: Path) -> None:
-    """Raises ValueError where a job of this folder is in the queue or runs."""
-    listed = ask_slurm("squeue", "--noheader", "--me", "--format=%A %o")
-    jobs = sorted({line.split(" ", 1)[0] for line in listed.splitlines() if line.endswith(f" {folder / SCRIPT_FILE}")})
+def check_no_job(folder: Path, inside: bool) -> None:
+    """Raises ValueError where a job of this folder (`inside`: or of one in it) is in the queue or runs."""
+    listed = ask_slurm("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o")
+    script = (folder / SCRIPT_FILE).resolve()
+    jobs = set()
+    for line in listed.splitlines():
+        job, _, command = line.partition(" ")
+        path = Path(command).resolve()
+        if path == script or (inside and path.is_relative_to(folder.resolve())):
+            jobs.add(job)
+    if "\n" in str(folder) and str(folder / SCRIPT_FILE) in listed:
+        jobs.add("(see squeue)")
     if jobs:
+        first = min(jobs)
         raise ValueError(
-            f"dump_dir: job {', '.join(jobs)} of '{folder}' is waiting or running; `scancel {jobs[0]}` ends it"
+            f"dump_dir: job {', '.join(sorted(jobs))} of '{folder}' is waiting or running; `scancel {first}` ends it"
         )
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings in nested lists and mappings, but for the values of dump_dir."""
+    if isinstance(value, Mapping):
+        yield from (text for key, inner in value.items() if key != "dump_dir" for text in strings_in(inner))
+    elif isinstance(value, list):
+        yield from (text for inner in value for text in strings_in(inner))
+    elif isinstance(value, str):
+        yield value
+
+
+def check_deletable(root: Path, args: StoolArgs, runs: list[Run]) -> None:
+    """Raises ValueError where `root` is no run of ours, or holds what somebody works with."""
+    if root.is_symlink() or not is_run(root):
+        raise ValueError(f"override: '{root}' is no run of ours, so it is not deleted; name another dump_dir")
+    check_no_job(root, inside=True)
+    named = [text for run in runs for text in strings_in(OmegaConf.to_container(run.config, resolve=False))]
+    if isinstance(args.config, (str, os.PathLike)):
+        named.append(os.fspath(args.config))
+    kept = [Path.cwd(), Path.home(), Path(__file__), Path(sys.prefix)]
+    # What the config names within it: a checkpoint to start from or to evaluate, data, a tokenizer.
+    kept += [Path(text) for text in dict.fromkeys(named) if 0 < len(text) < 4096 and "\0" not in text]
+    for path in kept:
+        with contextlib.suppress(OSError):  # a name that is too long for a file
+            whole = Path(os.path.abspath(path.expanduser())).resolve()
+            is_named_root = whole == root.resolve() and path not in kept[:4]
+            if whole.exists() and whole.is_relative_to(root.resolve()) and not is_named_root:
+                raise ValueError(
+                    f"override: '{root}' holds '{path}', which is in use, so it is not deleted; name another dump_dir"
+                )
 
 
 def check_folder(args: StoolArgs, root: Path, runs: list[Run]) -> bool:
     """Whether what is in `root` is to be deleted. Raises ValueError where neither that nor going on in it will do."""
-    check_writable("dump_dir", root, ROOM_FOR_FILES)
-    if not root.exists() or not any(root.iterdir()):
-        return False
-    if shutil.which("squeue"):
-        check_no_job(root)
+    try:
+        check_writable("dump_dir", root, ROOM_FOR_FILES)
+        if not root.exists() or not any(root.iterdir()):
+            return False
+    except OSError as error:
+        raise ValueError(f"dump_dir: '{str(root)[:200]}': {error.strerror}") from None
+    script = script_of(root) or ("apps.main.train" if (root / "train.log").is_file() else None)
+    if script not in (None, args.script) and (script_of(root) or args.script == "apps.main.eval"):
+        raise ValueError(
+            f"dump_dir: '{root}' is a run of {script}; name another folder for {args.script}, and what it reads by "
+            "its path (ckpt_dir=.../checkpoints/<step>)"
+        )
     if args.override:
-        if root.is_symlink() or not is_run(root):
-            raise ValueError(f"override: '{root}' is no run of ours, so it is not deleted; name another dump_dir")
-        data = OmegaConf.select(runs[0].config, "data.root_dir")
-        kept = [Path.cwd(), Path.home(), Path(__file__), Path(sys.prefix), *([Path(data)] if data else [])]
-        for path in kept:
-            if path.absolute().resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"override: '{root}' holds '{path}', so it is not deleted; name another dump_dir")
+        check_deletable(root, args, runs)
         return True
     if not args.dirs_exists_ok:
         raise ValueError(
             f"dump_dir: '{root}' is there already; sbatch {shlex.quote(str(root / SCRIPT_FILE))} goes on with a run, "
             "dirs_exists_ok=true submits it anew, override=true deletes it first"
         )
-    if script_of(root) not in (None, args.script):
-        raise ValueError(f"dump_dir: '{root}' is a run of {script_of(root)}; name another folder for {args.script}")
+    if shutil.which("squeue"):
+        check_no_job(root, inside=False)
     return False
 
 
@@ -446,20 +525,38 @@ def code_roots(script: str) -> list[Path]:
     return [root for root in roots if "site-packages" not in root.parts]
 
 
-def code_files(root: Path, script: str) -> Iterator[Path]:
-    """The code under `root`: its own files, and those of its folders that have Python files in them."""
+def code_files(root: Path, script: str, dump_dir: Path) -> Iterator[Path]:
+    """The code under `root`: its own files, and all small files of its folders that have Python files in them.
+
+    Runs, hidden folders, environments and what may be a secret by its name are left out.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def is_new(folder: Path) -> bool:
+        """Not a run, and not seen before: a link may lead back."""
+        status = folder.stat()
+        place = status.st_dev, status.st_ino
+        if place in seen or folder.resolve() == dump_dir.resolve() or is_run(folder):
+            return False
+        seen.add(place)
+        return True
 
     def is_code(path: Path) -> bool:
-        return path.suffix in CODE_SUFFIXES and path.is_file() and path.stat().st_size <= MAX_CODE_BYTES
+        secret = path.suffix in _DATA_SUFFIXES and looks_secret(path.stem)
+        return not secret and not path.name.startswith(".") and path.is_file() and path.stat().st_size <= MAX_CODE_BYTES
 
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or (path / "pyvenv.cfg").exists():
             continue
         if path.is_dir() and (path.name == script.split(".")[0] or any(path.glob("*.py"))):
             for folder, subfolders, names in os.walk(path, followlinks=True):
-                subfolders[:] = [name for name in subfolders if not name.startswith((".", "__pycache__"))]
+                subfolders[:] = [
+                    name
+                    for name in subfolders
+                    if not name.startswith((".", "__pycache__")) and is_new(Path(folder, name))
+                ]
                 yield from (file for name in sorted(names) if is_code(file := Path(folder, name)))
-        elif is_code(path):
+        elif path.suffix in CODE_SUFFIXES and is_code(path):
             yield path
 
 
@@ -468,18 +565,20 @@ def copy_code(script: str, destination: Path) -> None:
     beside = destination.with_name(f"{destination.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     for root in code_roots(script):
-        for file in code_files(root, script):
-            copy = beside / file.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, copy)
+        taken = {path.name for path in beside.iterdir()} if beside.exists() else set()
+        for file in list(code_files(root, script, destination.parent)):
+            inner = file.relative_to(root)
+            # The library's own folder fills up what the script's does not have.
+            if inner.parts[0] not in taken:
+                copy = beside / inner
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+    old = destination.with_name(f"{destination.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if destination.exists():
-        old = destination.with_name(f"{destination.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         destination.rename(old)
-        beside.rename(destination)
-        shutil.rmtree(old)
-    else:
-        beside.rename(destination)
+    beside.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(file: Path, text: str) -> None:
@@ -488,27 +587,51 @@ def write_file(file: Path, text: str) -> None:
     beside.rename(file)
 
 
-@contextlib.contextmanager
-def _taking_back(folder: Path) -> Iterator[None]:
-    """Removes, where an error follows, `folder` and those parents of it that were not there before."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        if missing:
-            shutil.rmtree(missing[0], ignore_errors=True)
-        for path in missing[1:]:
-            with contextlib.suppress(OSError):  # something else may be in it by now
-                path.rmdir()
-        raise
+class _Undo:
+    """Within its `with`, what was written is taken back where an error follows, unless `keep` is set; an old folder
+    that was put aside comes back then, and is deleted otherwise.
+    """
+
+    def __init__(self, folder: Path, delete: bool):
+        self.folder, self.keep = folder, False
+        self.was_empty = folder.is_dir() and not any(folder.iterdir())
+        self.missing = [] if delete else [path for path in (folder, *folder.parents) if not path.exists()]
+        self.aside = folder.with_name(f".{folder.name[:200]}.deleted.{os.getpid()}") if delete else None
+
+    def __enter__(self) -> _Undo:
+        if self.aside is not None:
+            self.folder.rename(self.aside)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and not self.keep:
+            if self.missing or self.aside is not None or self.was_empty:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.was_empty:
+                self.folder.mkdir()
+            for path in self.missing[1:]:
+                with contextlib.suppress(OSError):  # something else may be in it by now
+                    path.rmdir()
+            if self.aside is not None:
+                self.aside.rename(self.folder)
+        elif self.aside is not None:
+            shutil.rmtree(self.aside)
 
 
 # --- submission ----------------------------------------------------------------------------------------------------
 
 
-def job_environment() -> dict[str, str]:
-    """This process's variables, less those of the job or launcher that it runs in itself."""
-    kept = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.match(name)}
+def job_environment(args: StoolArgs) -> dict[str, str]:
+    """This process's variables, less those of the job or launcher that it runs in itself, and those by which sbatch
+    would be told something else than by the script.
+    """
+    told = {variable for option, variable in _OF_SBATCH.items() if option not in _OPTIONAL or getattr(args, option)}
+    scratch = scratch_variables()
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not _OF_A_LAUNCHER.match(name) and name.removeprefix("SBATCH_") not in told and scratch.get(name) != value
+    }
     if "SLURM_CONF" in os.environ:
         kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
     return kept
@@ -520,18 +643,25 @@ def launch_job(args: StoolArgs) -> str | None:
 
     Raises ValueError or OSError, one line, with nothing left behind that was not there before.
     """
+    apart = {"config": args.config, "sweep": args.sweep}
+    args = dataclasses.replace(from_dict(StoolArgs, {**vars(args), "config": None, "sweep": {}}, "StoolArgs"), **apart)
     validate_stool_args(args)
-    root, runs = plan_runs(args)
+    try:
+        root, runs = plan_runs(args)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config: {first_line(error)}") from None
     known = args_of_script(args.script)
     for run in runs:
         if known is not None:
             check_config(known, run.config, f"the config of {args.script}")
+        if isinstance(run.config.get("env"), Mapping | DictConfig):
+            validate_environment(run.config.env)
     args = dataclasses.replace(args, nodes=count_nodes(args))
-    code = root / CODE_FOLDER if args.copy_code else None
-    if code is not None and (os.pathsep in str(code) or sys.version_info < (3, 11)):
-        why = f"a path with '{os.pathsep}' in it" if os.pathsep in str(code) else "a Python older than 3.11"
-        raise ValueError(f"copy_code: cannot be with {why}; set copy_code=false, or change that")
-    scripts = {run.dump_dir: job_script(args, run, code) for run in runs}
+    # What is installed stays where it is.
+    code = root / CODE_FOLDER if args.copy_code and code_roots(args.script) else None
+    if code is not None:
+        check_copy(code, find_environment(args.anaconda))
+    scripts = {run.dump_dir: job_script(args, run, code, known is not None) for run in runs}
     if args.sweep:
         scripts[root] = array_script(args, root, runs)
     command = ["bash" if args.launcher == "bash" else "sbatch", str(root / SCRIPT_FILE)]
@@ -545,10 +675,7 @@ def launch_job(args: StoolArgs) -> str | None:
         raise ValueError("launcher: there is no sbatch on this machine; log in where SLURM is, or train with torchrun")
     if delete:
         confirm_deletion(root)
-        doomed = root.with_name(f"{root.name}.deleted")
-        root.rename(doomed)
-        shutil.rmtree(doomed)
-    with _taking_back(root):
+    with _Undo(root, delete) as undo:
         root.mkdir(parents=True, exist_ok=True)
         if code is not None:
             copy_code(args.script, code)
@@ -559,8 +686,20 @@ def launch_job(args: StoolArgs) -> str | None:
             (folder / "logs").mkdir(exist_ok=True)
             write_file(folder / SCRIPT_FILE, script)
         if args.launcher == "sbatch":
-            return submit(command, root, runs)
-    return run_here(command)
+            undo.keep = True  # from here on SLURM may have the job, whatever happens to this process
+            try:
+                job = ask_slurm(command[0], "--parsable", *command[1:], environment=job_environment(args))
+            except TimeoutError as error:
+                raise OSError(f"{error}; the job may have been submitted all the same, see squeue") from None
+            except OSError:
+                undo.keep = False
+                raise
+            job = job.strip().split(";")[0]
+    if args.launcher == "bash":
+        return run_here(command)
+    with contextlib.suppress(OSError, UnicodeError):  # nobody reads it, but the job is on its way
+        tell_of_job(args, job, root, runs)
+    return job
 
 
 def count_nodes(args: StoolArgs) -> int:
@@ -574,25 +713,30 @@ def count_nodes(args: StoolArgs) -> int:
     return int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if args.launcher == "bash" else 1
 
 
-def submit(command: list[str], root: Path, runs: list[Run]) -> str:
-    """Calls sbatch, and tells how to follow the job."""
-    printed = ask_slurm(command[0], "--parsable", *command[1:], environment=job_environment())
-    job = printed.strip().split(";")[0]
-    rank_0 = Path("logs", job, "rank_0.log")
-    if runs[0].dump_dir == root:
-        print(f"job {job}: {root}\n  follow it   tail -F {shlex.quote(str(root / rank_0))}")
+def tell_of_job(args: StoolArgs, job: str, root: Path, runs: list[Run]) -> None:
+    """Its number, and how to follow it."""
+    name = "job.log" if args.stdout else "rank_0.log"
+    if args.sweep:
+        lines = [f"job {job}: {len(runs)} runs in {root}"]
+        lines += [f"  {job}_{number}   {run.dump_dir.name}" for number, run in enumerate(runs)]
+        lines.append(f"  logs        in each run's logs/<job>/{name}, and job.log beside it where a job did not start")
     else:
-        print(f"job {job}: {len(runs)} runs in {root}")
-        for number, run in enumerate(runs):
-            print(f"  {job}_{number}   {run.dump_dir.name}")
-        print(f"  follow it   tail -F {shlex.quote(str(root))}/*/logs/*/rank_0.log")
-    print(f"  state       squeue --job {job}\n  end it      scancel {job}", flush=True)
-    return job
+        folder = root / "logs" / job
+        lines = [f"job {job}: {root}", f"  follow it   tail -F {shlex.quote(str(folder / name))}"]
+        if not args.stdout:
+            lines.append(f"  of SLURM    {shlex.quote(str(folder / 'job.log'))}")
+    lines += [f"  state       squeue --job {job}", f"  end it      scancel {job}"]
+    print("\n".join(lines), flush=True)
 
 
 def run_here(command: list[str]) -> str:
     """Runs the script within this allocation, its output on this terminal. Raises OSError where it fails."""
-    code = subprocess.run(command, env={**os.environ, "STOOL_TERMINAL": "1"}).returncode
+    # Ctrl-C is srun's to answer, which ends the ranks.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        code = subprocess.Popen(command, env={**os.environ, "STOOL_TERMINAL": "1"}).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
     if code:
         raise OSError(f"the job ended with exit code {code}; its ranks' output is in the dump_dir's logs")
     return os.environ["SLURM_JOB_ID"]
@@ -606,7 +750,12 @@ def parse_command_line(argv: list[str]) -> StoolArgs:
         return re.split(r"[.=\[]", argument, maxsplit=1)[0] in own_names or "=" not in argument
 
     files = [argument for argument in argv if argument.startswith("config=")]
-    args = parse_args(StoolArgs, [argument for argument in argv if is_own(argument) and argument not in files])
+    own = [argument for argument in argv if is_own(argument) and argument not in files]
+    # Text as it stands: SLURM's own signs, such as the brackets of constraint=[rack1|rack2], are no YAML.
+    strings = {known.name for known in dataclasses.fields(StoolArgs) if known.type == "str"}
+    texts = dict(argument.split("=", 1) for argument in own if argument.split("=", 1)[0] in strings)
+    args = parse_args(StoolArgs, [argument for argument in own if argument.split("=", 1)[0] not in strings])
+    args = dataclasses.replace(args, **texts)
     if len(files) != 1:
         raise ValueError(f"config: given {len(files)} times; name one YAML file for the script to read")
     kind = args_of_script(args.script)

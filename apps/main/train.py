@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ from lingua.distributed import (
     validate_distributed_args,
     validate_environment,
 )
-from lingua.logger import add_log_file, init_logger, remove_log_file
+from lingua.logger import add_log_file, claim, init_logger, remove_log_file
 from lingua.metrics import (
     LoggingArgs,
     MetricsLogger,
@@ -88,6 +89,9 @@ from lingua.tokenizer import build_tokenizer
 logger = logging.getLogger(__name__)
 
 Batch = tuple[np.ndarray, dict[str, Any]]  # and the loader's state behind it
+
+# Seconds for the last of a stopped run's metrics to reach Weights & Biases.
+PATIENCE_WITH_WANDB = 60
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
@@ -290,6 +294,7 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
         if run.metrics is not None:
             run.metrics.log_to_wandb(flat_metrics(found), step)
     except EvaluationStopped:
+        run.evaluation_stopped = True
         logger.info("evaluation of step %s ended by %s", step, stop_signal.name or "a signal")
     except (ValueError, OSError) as error:
         logger.error("step %s could not be evaluated: %s", step, " ".join(str(error).split()))
@@ -324,7 +329,7 @@ def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
     }
     job = launch_job(
         StoolArgs(
-            config=to_dict(wanted),
+            config=wanted,
             script="apps.main.eval",
             copy_code=False,
             dirs_exists_ok=True,
@@ -354,6 +359,7 @@ class Run:
     def __init__(self, args: TrainArgs, world: World):
         self.args, self.world = args, world
         self.step, self.total_tokens = 0, 0
+        self.evaluation_stopped = False
         self.data_rank, self.data_ranks = data_rank(args.distributed, world)
         self.loader_state = init_dataloader_state_from_args(args.data, self.data_rank, self.data_ranks)
         self.stopwatch = Stopwatch()
@@ -522,6 +528,13 @@ def remove_made(folders: list[Path]) -> None:
             parent.rmdir()
 
 
+def finish_wandb(wandb_run: Any, succeeded: bool, stopped: bool) -> None:
+    """Uploads what is left; of a run that was stopped for as long as SLURM can wait with requeueing it."""
+    finishing = threading.Thread(target=wandb_run.finish, kwargs={"exit_code": 0 if succeeded else 1}, daemon=True)
+    finishing.start()
+    finishing.join(PATIENCE_WITH_WANDB if stopped else None)
+
+
 @contextlib.contextmanager
 def open_logs(run: Run) -> Iterator[None]:
     """Makes dump_dir on the first rank, with config.yaml, train.log, metrics.jsonl; closes the logs at the end."""
@@ -539,8 +552,9 @@ def open_logs(run: Run) -> Iterator[None]:
             except ValueError:
                 remove_made(missing)
                 raise
-            stack.push(lambda kind, *_: wandb_run.finish(exit_code=0 if kind is None else 1))
+            stack.push(lambda kind, *_: finish_wandb(wandb_run, kind is None, run.step < args.steps))
         folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(claim(folder))
         stack.callback(remove_log_file, add_log_file(folder / "train.log"))
         beside = folder / "config.yaml.tmp"
         beside.write_text(to_yaml(args), encoding="utf-8")
@@ -585,30 +599,36 @@ def train(args: TrainArgs) -> None:
                 evaluate(run, stop_signal)
             else:
                 logger.info("nothing to do")
-            return
-        with together():
-            run.checkpoints.clean_up()
-            if args.checkpoint.path is not None:
-                check_writable("checkpoint.path", run.checkpoints.path, checkpoint_bytes(run.model))
-            room = ROOM_FOR_LOGS + (checkpoint_bytes(run.model) if args.checkpoint.path is None else 0)
-            check_writable("dump_dir", Path(args.dump_dir), room)
-            logger.info("filling the shuffle buffer: %s batches", args.data.prefetch_size)
-            stack.enter_context(collecting_by_steps())
-            loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
-            batches = itertools.chain([next(loader)], loader)
-        run.materialize(resume_from)
-        with together():
-            stack.enter_context(open_logs(run))
-        logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
-        try:
-            train_steps(run, batches, stop_signal)
-        except (ValueError, OSError, SystemExit):
-            # All ranks leave here together: what is being written in the background is brought to its end first.
-            run.checkpoints.finish()
-            raise
+        else:
+            train_from(run, resume_from, stop_signal, stack)
     # The checkpoint is whole and the logs are closed, on all ranks: SLURM may end the job.
-    if run.step < args.steps and world.rank == 0:
+    if (run.step < args.steps or run.evaluation_stopped) and world.rank == 0:
         slurm.requeue(made_progress=run.step > first_step)
+
+
+def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stack: contextlib.ExitStack) -> None:
+    """All that is left of the run; `stack` closes loader and logs."""
+    args = run.args
+    with together():
+        run.checkpoints.clean_up()
+        if args.checkpoint.path is not None:
+            check_writable("checkpoint.path", run.checkpoints.path, checkpoint_bytes(run.model))
+        room = ROOM_FOR_LOGS + (checkpoint_bytes(run.model) if args.checkpoint.path is None else 0)
+        check_writable("dump_dir", Path(args.dump_dir), room)
+        logger.info("filling the shuffle buffer: %s batches", args.data.prefetch_size)
+        stack.enter_context(collecting_by_steps())
+        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
+        batches = itertools.chain([next(loader)], loader)
+    run.materialize(resume_from)
+    with together():
+        stack.enter_context(open_logs(run))
+    logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
+    try:
+        train_steps(run, batches, stop_signal)
+    except (ValueError, OSError, SystemExit):
+        # All ranks leave here together: what is being written in the background is brought to its end first.
+        run.checkpoints.finish()
+        raise
 
 
 def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:

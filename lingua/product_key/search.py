@@ -2,8 +2,8 @@
 
 A slot's score is the sum of a score of the query's first half and one of its second, so the best k slots are among the
 sums of the best k of either ("Large Memory Layers with Product Keys", Lample et al., 2019, section 3.1). The scores
-themselves are a matrix product, PyTorch's. Finding the best is ours, on a CPU (`_best`) and on a GPU (`_search_kernel`),
-in the same way:
+themselves are a matrix product, PyTorch's. Finding the best is ours, in the same way on a CPU (`_best`) and on a GPU
+(`_search_kernel`):
 
 - The best k of n scores lie in the k groups of columns with the largest maxima. So the maxima are searched, then the
   members of those groups: two small sorts in place of one large.
@@ -31,18 +31,17 @@ try:
 except ImportError:  # it has no wheels for some systems, such as macOS; those have no CUDA either
     triton = None
 
-# Up to so many columns NumPy sorts a row in one network of vector instructions (AVX2 or AVX-512); beyond, a column costs
-# several times more.
+# Up to so many columns NumPy sorts a row in one network of vector instructions (AVX2 or AVX-512); beyond, a column
+# costs several times more.
 SORTED_AT_ONCE = 256
 # Scores of one half that are searched at once, for each thread: what is worked out for them then stays in its cache.
 CHUNK_ELEMENTS = 2**20
 
 # The kernel's limits: a row is held in registers, so are knn * log(knn) candidates, and a column is packed in 16 bits.
-KERNEL_MAX_KEYS = 8192
+KERNEL_MAX_KEYS = 4096
 KERNEL_MAX_KNN = 128
-# Rows (of a token and a head) for each program, and its warps. One warp: exchanges then stay within it.
+# Rows (of a token and a head) for each program, which is one warp: what a sort exchanges then stays within it.
 KERNEL_ROWS = 1
-KERNEL_WARPS = 1
 
 
 def search(query_NH2D: torch.Tensor, keys_H2nD: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +62,7 @@ def search(query_NH2D: torch.Tensor, keys_H2nD: torch.Tensor, knn: int) -> tuple
     if not query_NH2D.shape[2] == keys_H2nD.shape[1] == 2 or (
         query_NH2D.shape[1::2] != (keys_H2nD.shape[0], keys_H2nD.shape[3])
     ):
-        raise ValueError(
-            f"queries (N, H, 2, D) and keys (H, 2, n, D) do not match: {_shapes(query_NH2D, keys_H2nD)}"
-        )
+        raise ValueError(f"queries (N, H, 2, D) and keys (H, 2, n, D) do not match: {_shapes(query_NH2D, keys_H2nD)}")
     if not 1 <= knn <= keys_H2nD.shape[2]:
         raise ValueError(f"knn: {knn} slots cannot be found, the keys allow 1 to {keys_H2nD.shape[2]}")
     # An operator of our own is unknown to autocast, so what a matrix product would be given is worked out here.
@@ -211,7 +208,7 @@ def _sorted_columns(scores_RL: torch.Tensor, k: int) -> torch.Tensor:
     # upwards.
     keys.view(torch.int64).bitwise_xor_(torch.arange(-(2**63), -(2**63) + scores_RL.shape[1]))
     best = keys.numpy()
-    if SORTED_AT_ONCE < best.shape[1] and k < best.shape[1]:
+    if k < best.shape[1] and best.shape[1] > SORTED_AT_ONCE:
         best.partition(k - 1, axis=1)
         best = best[:, :k]
     best.sort(axis=1)
@@ -226,7 +223,7 @@ def _gradients_by_rows(
     A query's is the sum of the keys that it won with; a key's that of the queries that won with it, brought together by
     a stable sort, so that they are summed in a fixed order.
     """
-    (n_tokens, heads, knn), (n, dim) = slots_NHK.shape, keys_H2nD.shape[2:]
+    (_, heads, knn), (n, dim) = slots_NHK.shape, keys_H2nD.shape[2:]
     dtype = torch.promote_types(query_NH2D.dtype, torch.float32)
     tables = torch.arange(2 * heads, device=slots_NHK.device).view(heads, 2, 1) * n
     key_rows = (torch.stack((slots_NHK // n, slots_NHK % n), dim=2) + tables).view(-1, knn)
@@ -314,10 +311,8 @@ if triton is not None:
     ):
         """The best pairs of a few rows. Sizes in capitals are the next powers of two.
 
-        Work in lane-instructions for a row at n 1024, knn 32, bf16: a bitonic top-32 of L moves some 20 L entries at 4
-        to 5 each (twice that for 64 bits), so 128 maxima and 256 members cost 12k + 23k and loading 7k, for either half;
-        128 pairs 24k: 108k. With 32,768 tokens and 4 heads, 1.4e10: 0.5 ms at an H200's 2.9e13 a second, beside 0.13 ms
-        for its 0.54 GB of scores at 4.3 TB/s. Top-32 of all 1,024 entries in 32 bits would be 92k for either half.
+        At n 1024, knn 32, bf16 a row takes 3,952 instructions of its warp (sm_90), so 32,768 tokens of 4 heads take
+        5.2e8: 0.56 ms at an H200's 9.3e11 a second. Its scores, 0.54 GB, take 0.13 ms at 4.3 TB/s.
         """
         rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         is_row = rows < n_tokens * heads
@@ -370,8 +365,8 @@ if triton is not None:
         tl.store(grad2_ptr + row * n + columns, zeros, mask=columns < n)
         # Every winner of a column stores the same sum, so it does not matter who is last; but zeros must come first.
         tl.debug_barrier()
-        sums1 = tl.sum(tl.where(columns1[:, None] == columns1[None, :], grad[None, :], 0.0), axis=1)
-        sums2 = tl.sum(tl.where(columns2[:, None] == columns2[None, :], grad[None, :], 0.0), axis=1)
+        sums1 = tl.sum(tl.where(columns1[:, None] == columns1[None, :], grad[:, None], 0.0), axis=0)
+        sums2 = tl.sum(tl.where(columns2[:, None] == columns2[None, :], grad[:, None], 0.0), axis=0)
         tl.store(grad1_ptr + row * n + columns1, sums1.to(zeros.dtype), mask=ranks < knn)
         tl.store(grad2_ptr + row * n + columns2, sums2.to(zeros.dtype), mask=ranks < knn)
 
@@ -383,7 +378,7 @@ def _kernel_ranks(knn: int, device: torch.device) -> torch.Tensor:
 
 def _kernel_group(columns: int, best: int) -> int:
     """How many columns to a group, all in powers of two, so that the fewest maxima and members are sorted."""
-    sizes = [2**i for i in range(1, 6) if best <= columns // 2**i and columns // 2**i + best * 2**i < columns]
+    sizes = [g for g in (32, 16, 8, 4, 2) if best <= columns // g and columns // g + best * g < columns]
     return min(sizes, key=lambda g: columns // g + best * g, default=1)
 
 
@@ -393,14 +388,14 @@ def _launch_search(
     knn: int,
     group: int | None = None,
     rows: int = KERNEL_ROWS,
-    warps: int = KERNEL_WARPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_search_kernel` over all rows; `group`, `rows` (both powers of two) and `warps` change its speed alone."""
+    """`_search_kernel` over all rows; `group` and `rows`, powers of two, change its speed alone."""
     heads, n_tokens, n = scores1_HNn.shape
     scores = scores1_HNn.new_empty((n_tokens, heads, knn), dtype=torch.float32)
     slots = scores1_HNn.new_empty((n_tokens, heads, knn), dtype=torch.int64)
     ranks = _kernel_ranks(knn, scores1_HNn.device)
-    columns, best = triton.next_power_of_2(n), triton.next_power_of_2(knn)
+    # Triton sorts no fewer than two.
+    columns, best, pairs = (max(triton.next_power_of_2(size), 2) for size in (n, knn, ranks.shape[1]))
     with torch.cuda.device_of(scores):
         _search_kernel[(triton.cdiv(n_tokens * heads, rows),)](
             scores1_HNn,
@@ -417,14 +412,14 @@ def _launch_search(
             COLUMNS=columns,
             GROUP=group or _kernel_group(columns, best),
             KNN=best,
-            PAIRS=max(triton.next_power_of_2(ranks.shape[1]), best),
-            num_warps=warps,
+            PAIRS=pairs,
+            num_warps=1,
         )
     return scores, slots
 
 
 def _score_gradients(
-    grad_NHK: torch.Tensor, slots_NHK: torch.Tensor, n: int, dtype: torch.dtype, warps: int | None = None
+    grad_NHK: torch.Tensor, slots_NHK: torch.Tensor, n: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of both halves' scores, each (H, N, n) of `dtype`, summed in fp32."""
     n_tokens, heads, knn = slots_NHK.shape
@@ -442,7 +437,7 @@ def _score_gradients(
             knn,
             COLUMNS=triton.next_power_of_2(n),
             KNN=best,
-            num_warps=warps or (1 if best <= 32 else 4),
+            num_warps=1 if best <= 32 else 4,
         )
     return grad1_HNn, grad2_HNn
 

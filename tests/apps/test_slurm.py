@@ -238,24 +238,53 @@ def test_evaluation_by_stool_and_during_training(slurm, corpus, tmp_path):
     assert json.loads((by_hand / "validation.json").read_text()) == json.loads(
         (results[1] / "validation.json").read_text()
     )
-    refused = stool(slurm, *arguments[:-1], f"dump_dir={run}", "dirs_exists_ok=true", "ngpu=1").the_error()
-    assert "is a run of apps.main.train" in refused
+    for what in ("dirs_exists_ok=true", "override=true"):
+        refused = stool(slurm, *arguments[:-1], f"dump_dir={run}", what, "ngpu=1", answer="yes").the_error()
+        assert "is a run of apps.main.train" in refused
 
 
 def in_queue(cluster: Cluster) -> str:
     return cluster.run("squeue", "--noheader")
 
 
+def test_a_stopped_task_of_an_array_is_requeued_alone(slurm, corpus, tmp_path):
+    """The last one, which SLURM knows by the array's own number, while another one was cancelled."""
+    root = tmp_path / "sweep"
+    config = tiny_config(corpus, root) | {"steps": 1_000_000}
+    config["checkpoint"]["dump"]["every"] = 10**9
+    array = launch_job(StoolArgs(config=config, ngpu=0, ncpu=1, sweep={"model.seed": [1, 2]}))
+    runs = sorted(folder for folder in root.iterdir() if folder.name[0].isdigit())
+    wait_until(lambda: all(last_step(run) >= 5 for run in runs))
+    slurm.run("scancel", f"{array}_0")
+    slurm.wait(f"{array}_0")
+    slurm.run("scancel", "--signal=USR2", f"{array}_1")
+    wait_until(lambda: slurm.job(f"{array}_1")["Restarts"] == "1")
+    assert slurm.job(f"{array}_0")["JobState"] == "CANCELLED"
+    assert slurm.job(f"{array}_0")["Restarts"] == "0"
+
+
+def test_two_jobs_in_one_folder(slurm, corpus, tmp_path):
+    """The second one, started by hand, does not write into what the first one writes."""
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run) | {"steps": 1_000_000}
+    first = launch_job(StoolArgs(config=config, ngpu=0, ncpu=1))
+    wait_until(lambda: last_step(run) >= 5)
+    second = slurm.run("sbatch", "--parsable", run / "submit.slurm")
+    finish(slurm, second, run, "FAILED")
+    assert "error: dump_dir: another run is writing into" in (run / "logs" / second / "rank_0.log").read_text()
+    assert slurm.job(first)["JobState"] == "RUNNING"
+
+
 def test_sweep(slurm, corpus, tmp_path):
     """One array, a folder a run; on CPUs only, and each can be started alone."""
     root = tmp_path / "sweep"
     file = write_config(tmp_path / "c.yaml", tiny_config(corpus, root) | {"steps": 2, "name": "try"})
-    result = stool(slurm, f"config={file}", "ngpu=0", "ncpu=1", "sweep.optim.lr=[1e-3,1e-2]", "sweep.seed=[1,2]",
+    result = stool(slurm, f"config={file}", "ngpu=0", "ncpu=1", "sweep.optim.lr=[1e-3,1e-2]", "sweep.model.seed=[1,2]",
                    "sweep.name=['x; touch pwned']")  # fmt: skip
     job = submitted(result)
     runs = sorted(folder for folder in root.iterdir() if folder.name[0].isdigit())
     assert [folder.name for folder in runs] == [
-        f"{number}_optim.lr={lr},seed={seed},name=x_touch_pwned"
+        f"{number}_optim.lr={lr},model.seed={seed},name=x_touch_pwned"
         for number, (lr, seed) in enumerate([(0.001, 1), (0.001, 2), (0.01, 1), (0.01, 2)])
     ]
     wait_until(lambda: not in_queue(slurm))

@@ -1,5 +1,6 @@
 """What stool writes and refuses, and what a process reads of SLURM, without SLURM itself (tests/apps/test_slurm.py)."""
 
+import io
 import os
 import stat
 import subprocess
@@ -8,6 +9,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,11 +128,24 @@ def test_meeting_point(monkeypatch):
     assert slurm.meeting_point()["MASTER_ADDR"] == "n7"
 
 
-def test_a_gpu_of_its_own(monkeypatch):
+@pytest.mark.parametrize(
+    ("tasks", "node", "own"),
+    [
+        ("4(x2),3", 0, True),
+        ("8", 0, False),
+        ("2,5", 0, True),
+        ("2,5", 1, False),
+        ("8,4", 1, True),
+        ("4", 1, False),
+        ("", 0, False),
+    ],
+)
+def test_a_gpu_of_its_own(monkeypatch, tasks, node, own):
+    """On a node with four GPUs."""
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
-    for tasks, own in (("4(x2),3", True), ("8", False), ("2,5", False), ("", False)):
-        monkeypatch.setenv("SLURM_TASKS_PER_NODE", tasks)
-        assert slurm.has_gpu_of_its_own() is own
+    monkeypatch.setenv("SLURM_NODEID", str(node))
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", tasks)
+    assert slurm.has_gpu_of_its_own() is own
 
 
 def test_scratch(monkeypatch, tmp_path):
@@ -186,10 +201,26 @@ def test_requeueing(command, monkeypatch, said, progress, requeued):
     assert notes.read_text().splitlines() == ["show", "job", "12"] + ["requeue", "12"] * requeued
 
 
+def test_one_task_of_an_array_is_requeued_alone(command, monkeypatch):
+    """Also the one whose own number is that of the array."""
+    notes = command("scontrol", facts())
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    slurm.requeue(made_progress=True)
+    assert notes.read_text().splitlines() == ["show", "job", "12_3", "requeue", "12_3"]
+
+
+def test_without_scontrol_nothing_is_requeued(monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    slurm.requeue(made_progress=True)
+    assert "no scontrol here" in caplog.text
+
+
 def test_a_job_that_cannot_get_on_is_not_requeued_for_ever(command, monkeypatch):
     notes = command("scontrol", facts())
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    with pytest.raises(OSError, match="before the first step"):
+    with pytest.raises(OSError, match="without getting on"):
         slurm.requeue(made_progress=False)
     assert "requeue" not in notes.read_text().splitlines()
 
@@ -254,7 +285,7 @@ def test_command_line_is_split():
         (["config=c.yaml", "script=apps/main/train.py"], "script: there is no module"),
         (["config=c.yaml", "anaconda=nowhere"], "anaconda: there is no conda"),
         (["config=c.yaml", "dump_dir=null"], "dump_dir: "),
-        (["config=c.yaml", "dump_dir=a:b"], "copy_code: cannot be with a path with ':'"),
+        (["config=c.yaml", "dump_dir=a:b"], "copy_code: cannot be with ':' in dump_dir"),
         (["config=missing.yaml"], "config: no file 'missing.yaml'"),
         (["config=bad.yaml"], "stepz: unknown key"),
         (["nodes=2"], "config: given 0 times"),
@@ -352,11 +383,11 @@ def test_override_refuses_what_is_no_run(command, inside, monkeypatch):
 def test_override_never_deletes_what_is_worked_with(command, monkeypatch):
     """The folder that one is in, and the data, are kept even in what looks like a run."""
     monkeypatch.setattr("builtins.input", lambda _: "yes")
-    command("sbatch", "77\n")
-    launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False))
+    command("squeue", "")
+    make_run(command)
     Path("run/here").mkdir()
     Path("run/data").mkdir()
-    with pytest.raises(ValueError, match="holds 'run/data'"):
+    with pytest.raises(ValueError, match="holds 'run/data', which is in use"):
         launch_job(StoolArgs(config={"dump_dir": "run", "data": {"root_dir": "run/data"}}, override=True))
     Path("link").symlink_to("run")
     with pytest.raises(ValueError, match="no run of ours"):
@@ -368,22 +399,149 @@ def test_override_never_deletes_what_is_worked_with(command, monkeypatch):
     assert (folder / "data").is_dir()
 
 
-def test_variables_of_the_job_around_are_not_handed_on(monkeypatch):
-    """An evaluation that a training job submits must not take itself for one of its ranks."""
-    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ENVIRONMENT"):
+def test_variables_of_the_job_around_are_not_handed_on(monkeypatch, tmp_path):
+    """An evaluation that a training job submits must not take itself for one of its ranks, nor use its scratch."""
+    around = ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ENVIRONMENT")
+    for name in around:
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(slurm.tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", "before")
+    slurm.use_scratch()
     for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PYTHONPATH"):
         monkeypatch.setenv(name, "kept")
-    found = job_environment()
-    assert not {
-        "SLURM_JOB_ID",
-        "SLURM_MEM_PER_NODE",
-        "RANK",
-        "MASTER_PORT",
-        "TORCHELASTIC_RUN_ID",
-        "ENVIRONMENT",
-    } & set(found)
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    found = job_environment(StoolArgs())
+    assert not {*around, "TMPDIR", "TRITON_CACHE_DIR", "SBATCH_PARTITION"} & set(found)
     assert all(found[name] == "kept" for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PYTHONPATH"))
+    assert "SBATCH_ACCOUNT" not in job_environment(StoolArgs(account="mine"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": "two"}, "nodes: 'two' is not a whole number"),
+        ({"time": "1-00:00:00"}, "time: '1-00:00:00' is not a whole number"),
+        ({"time": None}, "time: null"),
+        ({"mem": None}, "mem: null"),
+        ({"exclude": ["n1"]}, "exclude: "),
+        ({"config": None}, "config: not set"),
+        ({"config": {"dump_dir": "run", "name": "a${b"}}, "config: "),
+        ({"config": {"dump_dir": "x" * 300}}, "dump_dir: "),
+        ({"config": {"dump_dir": "run", "env": {"HF_TOKEN": "hf_x"}}}, "env.HF_TOKEN: looks like a secret"),
+        ({"sweep": {"data": {"sources": [{"a": 1}]}}}, "sweep.data.sources: "),
+        ({"sweep": {"seed": [1, 2]}, "config": {"dump_dir": "run", "checkpoint": {"path": "x"}}}, "checkpoint.path: "),
+    ],
+)
+def test_what_a_notebook_gives_is_told_in_one_line(command, tmp_path, changes, message):
+    command("sbatch", "77\n")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match="^.+$") as caught:
+        launch_job(StoolArgs(**{"config": {"dump_dir": "run"}, **changes}))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_numbers_of_numpy_and_paths_are_taken(command, tmp_path):
+    command("sbatch", "77\n")
+    args = StoolArgs(config={"dump_dir": tmp_path / "run"}, sweep={"optim.lr": list(np.logspace(-4, -3, 2))}, mem="4")
+    launch_job(args)
+    values = [OmegaConf.load(file).optim.lr for file in sorted(tmp_path.glob("run/*/base_config.yaml"))]
+    assert values == [1e-4, 1e-3]
+
+
+def test_a_job_that_slurm_has_keeps_its_folder(command, tmp_path, monkeypatch):
+    """Whatever happens to stool once sbatch has taken the job."""
+    command("sbatch", "77\n")
+
+    class Full(io.StringIO):
+        def write(self, _text):
+            raise OSError("No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", Full())
+        assert launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False)) == "77"
+    assert Path("run/base_config.yaml").exists()
+
+    def no_answer(*_args, **_kwargs):
+        raise subprocess.TimeoutExpired("sbatch", 1)
+
+    with monkeypatch.context() as context:
+        context.setattr(slurm.subprocess, "run", no_answer)
+        with pytest.raises(OSError, match="may have been submitted"):
+            launch_job(StoolArgs(config={"dump_dir": "other"}, copy_code=False, time=5))
+    assert Path("other/base_config.yaml").exists()
+
+
+def make_run(command) -> Path:
+    command("sbatch", "77\n")
+    launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False))
+    Path("run/mine").touch()
+    return Path("run").absolute()
+
+
+def test_override_deletes_once_the_new_job_is_taken(command, monkeypatch, tmp_path):
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    command("squeue", "")
+    make_run(command)
+    command("sbatch", "sbatch: error: no such account\n", code=1)
+    with pytest.raises(OSError, match="no such account"):
+        launch_job(StoolArgs(config={"dump_dir": "run"}, override=True))
+    assert Path("run/mine").exists()
+    assert not list(tmp_path.glob(".run*"))
+    command("sbatch", "78\n")
+    launch_job(StoolArgs(config={"dump_dir": "run"}, override=True))
+    assert not Path("run/mine").exists()
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_override_keeps_what_the_new_job_reads(command, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    command("squeue", "")
+    run = make_run(command)
+    (run / "checkpoints" / "0000000010").mkdir(parents=True)
+    config = {"dump_dir": "run", "checkpoint": {"init_ckpt_path": "run/checkpoints/0000000010"}}
+    with pytest.raises(ValueError, match="override: .*holds 'run/checkpoints/0000000010', which is in use"):
+        launch_job(StoolArgs(config=config, override=True))
+    with pytest.raises(ValueError, match="is a run of apps.main.train; name another folder for apps.main.eval"):
+        launch_job(StoolArgs(config={"dump_dir": "run"}, script="apps.main.eval", override=True))
+    assert (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command_of_job", ["run/submit.slurm", "link/submit.slurm", "run/2_x/submit.slurm"])
+def test_override_waits_for_jobs(command, monkeypatch, tmp_path, command_of_job):
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    make_run(command)
+    Path("link").symlink_to("run")
+    command("squeue", f"5 {tmp_path}/{command_of_job}\n7 (null)\n")
+    with pytest.raises(ValueError, match="job 5 of .* is waiting or running"):
+        launch_job(StoolArgs(config={"dump_dir": "run"}, override=True))
+
+
+def test_code_of_a_project_of_its_own(command, tmp_path, monkeypatch):
+    """Its package with all small files in it, once; no runs, no secrets, and links that lead back are no trouble."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command("sbatch", "77\n")
+    package = tmp_path / "experiments_of_mine"
+    (package / "sub").mkdir(parents=True)
+    for name in ("mine.py", "prompts.json", "sub/template.jinja", "sub/hf_token.txt", "secrets.yaml"):
+        (package / name).write_text("x = 1")
+    (package / "sub" / "up").symlink_to("..")
+    (tmp_path / "api_key.txt").write_text("hf_x")
+    for number in (1, 2):
+        config = {"dump_dir": f"experiments_of_mine/dumps/run{number}"}
+        launch_job(StoolArgs(config=config, script="experiments_of_mine.mine"))
+    code = package / "dumps" / "run2" / "code"
+    found = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+    assert {"experiments_of_mine/mine.py", "experiments_of_mine/prompts.json", "lingua/stool.py"} <= found
+    assert "experiments_of_mine/sub/template.jinja" in found
+    assert not [
+        name for name in found if "token" in name and name.endswith(".txt") or "secret" in name or "dumps" in name
+    ]
+    script = (package / "dumps" / "run2" / "submit.slurm").read_text()
+    assert "block-signal" not in script  # which a script without a StopSignal would never hear of
 
 
 def test_conda_environments(command, tmp_path):
