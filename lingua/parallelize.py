@@ -228,7 +228,6 @@ _KEPT = (
     "aten::bmm",
     "aten::_scaled_mm",
     "aten::_scaled_dot_product",
-    "aten::topk",
     "lingua::",
     "_c10d_functional::",
     "_dtensor::",

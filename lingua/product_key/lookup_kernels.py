@@ -78,7 +78,10 @@ def gradient(
     pieces = torch.empty(n_pieces, 2, dim, dtype=torch.float32, device=vectors.device)
     places_of = (ends, tokens, factors, vectors)
     _sum_pieces[(n_pieces, n_columns)](pieces, slots, *places_of, len(slots), dim, LONG=LONG, **options)
-    _sum_slots[(n_slots, n_columns)](out, pieces, *places_of, dim, LONG=LONG, **options)
+    # Where few slots are read at all, programs would be started for hardly more than zeros each.
+    several = 4 if len(slots) < n_slots else 1
+    grid = (triton.cdiv(n_slots, several), n_columns)
+    _sum_slots[grid](out, pieces, *places_of, n_slots, dim, SLOTS=several, LONG=LONG, **options)
     return out
 
 
@@ -160,18 +163,23 @@ def _sum_pieces(
 
 @triton.jit
 def _sum_slots(
-    out, pieces, ends, tokens, factors, vectors, dim,
-    LONG: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    out, pieces, ends, tokens, factors, vectors, n_slots, dim,
+    SLOTS: tl.constexpr, LONG: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, end = tl.load(ends + slot), tl.load(ends + slot + 1)
-    if end - begin <= LONG:
-        total = _sum_places(tokens, factors, vectors, begin, end, dim, columns, ROWS, COLUMNS)
-    else:
-        total = tl.zeros([COLUMNS], dtype=tl.float32)
-        for piece in range(begin // LONG, (end - 1) // LONG + 1):
-            # It is the piece's second slot where another one's places come before it.
-            which = tl.where(piece * LONG >= begin, 0, 1)
-            total += tl.load(pieces + (piece * 2 + which) * dim + columns, mask=columns < dim, other=0)
-    tl.store(out + slot * dim + columns, total.to(out.dtype.element_ty), mask=columns < dim)
+    first = tl.program_id(0).to(tl.int64) * SLOTS
+    end = tl.load(ends + first)
+    for i in range(SLOTS):
+        slot = first + i
+        if slot < n_slots:
+            begin = end
+            end = tl.load(ends + slot + 1)
+            if end - begin <= LONG:
+                total = _sum_places(tokens, factors, vectors, begin, end, dim, columns, ROWS, COLUMNS)
+            else:
+                total = tl.zeros([COLUMNS], dtype=tl.float32)
+                for piece in range(begin // LONG, (end - 1) // LONG + 1):
+                    # It is the piece's second slot where another one's places come before it.
+                    which = tl.where(piece * LONG >= begin, 0, 1)
+                    total += tl.load(pieces + (piece * 2 + which) * dim + columns, mask=columns < dim, other=0)
+            tl.store(out + slot * dim + columns, total.to(out.dtype.element_ty), mask=columns < dim)

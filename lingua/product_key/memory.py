@@ -10,7 +10,6 @@ Shape suffixes: N tokens, C model dim, H heads, K = knn, n keys per half, D = ha
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 
 from lingua.initialize import normal, uniform, xavier_uniform
 from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
+from lingua.product_key.search import search
 
 
 @dataclass
@@ -173,16 +173,9 @@ class HashingMemory(nn.Module):
 
         Returns (scores before the softmax, slots), each (N, H, knn), the best first.
         """
-        query_NHD1, query_NHD2 = query.view(-1, self.heads, self.k_dim).chunk(2, dim=-1)
-        keys_HnD1, keys_HnD2 = self.keys.view(self.heads, 2, self.n_keys, self.k_dim // 2).unbind(1)
-        best1_NHK, index1_NHK = torch.einsum("nhd,hkd->nhk", query_NHD1, keys_HnD1).topk(knn, dim=-1)
-        best2_NHK, index2_NHK = torch.einsum("nhd,hkd->nhk", query_NHD2, keys_HnD2).topk(knn, dim=-1)
-        # A compiler writes the pairs into its program; it would warn of the cache.
-        pairs = _candidate_pairs.__wrapped__ if torch.compiler.is_compiling() else _candidate_pairs
-        rank1, rank2 = pairs(knn, query.device)
-        scores, winners = (best1_NHK.float()[..., rank1] + best2_NHK.float()[..., rank2]).topk(knn, dim=-1)
-        slots = index1_NHK.gather(-1, rank1[winners]) * self.n_keys + index2_NHK.gather(-1, rank2[winners])
-        return scores, slots
+        query_NH2D = query.view(-1, self.heads, 2, self.k_dim // 2)
+        keys_H2nD = self.keys.view(self.heads, 2, self.n_keys, self.k_dim // 2)
+        return search(query_NH2D, keys_H2nD, knn)
 
     def lookup(self, x_NC: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The values of `slots` (N, H * K) weighted by `weights`, summed over all heads: (N, V).
@@ -225,20 +218,6 @@ def _check_sizes(
         raise ValueError(f"{key}mem_v_dim: {v_dim}, but with peer_variant values have the model's dim; leave it at -1")
     if peer_variant and input_dim != output_dim:
         raise ValueError(f"{key}peer_variant: needs an input as wide as the output, found {input_dim} and {output_dim}")
-
-
-@functools.lru_cache(maxsize=8)
-def _candidate_pairs(knn: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks (i, j) in the two sorted halves whose sum can be among the best `knn`.
-
-    The pair (i, j) is beaten by the (i+1)(j+1) - 1 pairs that are no worse in both halves, so it needs
-    (i+1)(j+1) <= knn: 119 pairs instead of 1,024 at knn 32.
-    """
-    pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
-    # Kept for later calls, so not of inference mode even if this one is in it: autograd refuses such tensors.
-    with torch.inference_mode(False):
-        ranks = torch.tensor(pairs, dtype=torch.int64, device=device)
-        return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
 
 
 def count_lookup_flops(memory: HashingMemory) -> int:

@@ -45,7 +45,7 @@ if INTERPRETED:
         skew=st.booleans(),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @on_the_interpreter
     def test_any_shape(n, bag, size, dim, dtype, index_dtype, score_dtype, long, skew, seed):
         """Sums and both gradients; slots that are read from more than `long` places are summed in pieces."""

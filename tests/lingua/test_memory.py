@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs, count_parameters, validate_model_args
-from lingua.product_key.memory import HashingMemory, ProductKeyArgs, _candidate_pairs, memory_layers
+from lingua.product_key.memory import HashingMemory, ProductKeyArgs, memory_layers
+from lingua.product_key.search import _candidate_pairs
 
 KEY = "model.productkey_args."
 

@@ -17,8 +17,8 @@ from lingua.product_key import search as module
 from lingua.product_key.search import search
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# (N, H, n, knn)
-SIZES = [(1, 1, 1, 1), (3, 2, 5, 5), (2, 1, 40, 7), (2, 2, 64, 4), (1, 1, 130, 128), (3, 1, 300, 20)]
+# Tokens, heads, keys of each half, knn. Few and small: the interpreter takes half a second for a row of a thousand.
+SIZES = [(1, 1, 1, 1), (3, 2, 5, 5), (2, 1, 40, 7), (1, 2, 64, 4), (1, 1, 66, 33)]
 
 
 def draw(n_tokens, heads, n, dim=3, dtype=torch.float32, seed=0, levels=None):
@@ -77,15 +77,16 @@ def check_sizes():
             check_gradients(query, keys, knn, tolerance(dtype))
 
 
-def check_published_sizes():
+def check_large_sizes():
     for dtype in (torch.float32, torch.bfloat16):
-        check_result(*draw(2, 1, 1024, 16, dtype), knn=32)
+        check_result(*draw(1, 1, 1024, 16, dtype), knn=32)
+    check_result(*draw(1, 1, 130, dtype=torch.bfloat16), knn=128)
 
 
 def check_ties():
-    for levels in (1, 2, 4):
+    for levels in (1, 3):
         for dtype in (torch.float32, torch.bfloat16):
-            for n_tokens, heads, n, knn in SIZES[1:5]:
+            for n_tokens, heads, n, knn in SIZES[1:4]:
                 query, keys = draw(n_tokens, heads, n, dtype=dtype, levels=levels)
                 check_result(query, keys, knn)
                 check_gradients(query, keys, knn, tolerance(dtype))
@@ -126,7 +127,7 @@ def check_what_is_no_number():
                 keys[0, 0, 2, 0] = bad
                 query[1] = bad
                 scores, slots = search(query.requires_grad_(), keys, knn)
-                assert 0 <= slots.min()
+                assert slots.min() >= 0
                 assert slots.max() < n * n
                 assert all(len(set(row)) == knn for row in slots[::2].flatten(0, 1).tolist())
                 if bad != bad:
@@ -149,7 +150,7 @@ def check_determinism():
 
 CHECKS = [
     check_sizes,
-    check_published_sizes,
+    check_large_sizes,
     check_ties,
     check_signs_and_extremes,
     check_what_is_no_number,
@@ -242,17 +243,16 @@ def test_layouts():
     """Halves of one query, keys that are not contiguous, the gradient of `sum()`, which has strides of 0."""
     query, keys = draw(5, 2, 9, 4)
     expected = check_result(query, keys, 6)
-    views = query.flatten(2).t().contiguous().t() if query.ndim == 2 else query.permute(3, 1, 0, 2).contiguous()
-    views = views.permute(2, 1, 3, 0), keys.transpose(0, 2).contiguous().transpose(0, 2)
+    views = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (query, keys)]
     assert not any(x.is_contiguous() for x in views)
     scores, slots = search(*views, 6)
     assert torch.allclose(scores, expected[0], rtol=1e-5)
     assert torch.equal(slots, expected[1])
     check_gradients(*views, 6, tolerance(torch.float32))
     gradients = []
-    for reduce in (torch.sum, lambda x: (x * torch.ones_like(x)).sum()):
+    for make in (lambda y: y.sum().backward(), lambda y: y.backward(torch.ones_like(y))):
         leaf = query.clone().requires_grad_()
-        reduce(search(leaf, keys, 6)[0]).backward()
+        make(search(leaf, keys, 6)[0])
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
 
@@ -325,8 +325,14 @@ def test_knn_out_of_range_is_refused(knn):
 
 @pytest.mark.parametrize(
     ("query", "keys"),
-    [((2, 3, 4), (3, 2, 9, 4)), ((2, 3, 2, 4), (6, 9, 4)), ((2, 3, 2, 4), (4, 2, 9, 4)), ((2, 3, 1, 4), (3, 1, 9, 4))]
-    + [((2, 3, 2, 4), (3, 2, 9, 5)), ((2, 3, 2, 4), (3, 3, 9, 4))],
+    [
+        ((2, 3, 4), (3, 2, 9, 4)),
+        ((2, 3, 2, 4), (6, 9, 4)),
+        ((2, 3, 2, 4), (4, 2, 9, 4)),
+        ((2, 3, 2, 4), (3, 2, 9, 5)),
+        ((2, 3, 2, 4), (3, 3, 9, 4)),
+        ((2, 3, 1, 4), (3, 1, 9, 4)),
+    ],
 )
 def test_shapes_that_do_not_match_are_refused(query, keys):
     with pytest.raises(ValueError, match=r"queries \(N, H, 2, D\) and keys \(H, 2, n, D\)"):
@@ -342,6 +348,6 @@ if __name__ == "__main__":
         print(kernel_check.__name__, flush=True)
         kernel_check()
     # The sizes that change a kernel's speed must not change what it finds.
-    scores = [torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(half)) for half in (0, 1)]
-    found = [module._launch_search(*scores, 6, group, rows) for group in (None, 1, 2, 4, 8) for rows in (1, 2, 8)]
+    scores = [torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(half)) for half in (0, 1)]
+    found = [module._launch_search(*scores, 6, group, rows) for group, rows in ((1, 1), (2, 2), (8, 4))]
     assert all(torch.equal(x, y) for other in found for x, y in zip(other, found[0], strict=True))
