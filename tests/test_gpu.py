@@ -18,6 +18,8 @@ from lingua.distributed import DistributedArgs, World
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
+from lingua.product_key.search import search
+from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
 
@@ -88,6 +90,68 @@ def test_memory_as_on_the_cpu(peer, dtype):
         results.append({"y": y, **{name: p.grad.clone() for name, p in memory.named_parameters()}})
     for name, expected in results[0].items():
         assert relative_error(results[1][name], expected) < (1e-4 if dtype == torch.float32 else 2e-2), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "bag", "size", "dim"),
+    [(300, 7, 40, 1), (64, 130, 5, 1024), (500, 32, 100_000, 48), (0, 4, 9, 8), (33, 9, 70, 5000)],
+)
+def test_lookup_against_float64(n, bag, size, dim, dtype):
+    """Forward and both gradients; slots with far more places than a program sums, too; twice the same bits."""
+    torch.manual_seed(0)
+    indices = torch.randint(size, (n, bag), device="cuda", dtype=torch.int32)
+    weight, scores, grad = (torch.randn(shape, device="cuda").to(dtype) for shape in ((size, dim), (n, bag), (n, dim)))
+    results = []
+    for _ in range(2):
+        leaves = [weight.clone().requires_grad_(), scores.clone().requires_grad_()]
+        y = xformers_embedding_bag(indices, *leaves)
+        y.backward(grad)
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    exact = [weight.double().requires_grad_(), scores.double().requires_grad_()]
+    expected = (exact[0][indices.long()] * exact[1][..., None]).sum(1)
+    expected.backward(grad.double())
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for actual, wanted in zip(results[0], [expected, *(leaf.grad for leaf in exact)], strict=True):
+        assert n == 0 or relative_error(actual, wanted) < tolerance
+
+
+def test_tables_beyond_32_bits():
+    """More elements than 32 bits count, with the last rows read: forward and backward."""
+    size, dim = 2**21 + 3, 1104  # a number that bf16 has
+    weight = torch.zeros(size, dim, device="cuda", dtype=torch.bfloat16)
+    weight[-1], weight[-2] = 1, 2
+    weight.requires_grad_()
+    indices = torch.tensor([[size - 1, size - 2, 0]], device="cuda")
+    scores = torch.ones(1, 3, device="cuda", requires_grad=True)
+    y = xformers_embedding_bag(indices, weight, scores)
+    assert torch.equal(y, torch.full_like(y, 3))
+    y.backward(torch.ones_like(y))
+    assert scores.grad.tolist() == [[dim, 2 * dim, 0]]
+    assert weight.grad[[0, -1, -2]].float().sum().item() == 3 * dim
+    assert weight.grad[1:-2].abs().max().item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_keys", "knn"), [(1024, 32), (37, 37), (100, 1), (512, 128)])
+def test_search_is_exact(n_keys, knn, dtype):
+    torch.manual_seed(0)
+    query = torch.randn(50, 3, 2, 32, device="cuda").to(dtype).requires_grad_()
+    keys = torch.randn(3, 2, n_keys, 32, device="cuda").to(dtype).requires_grad_()
+    scores, slots = search(query, keys, knn)
+    halves = [torch.einsum("nhd,hkd->nhk", query[:, :, half], keys[:, half]).float() for half in (0, 1)]
+    sums = (halves[0][..., :, None] + halves[1][..., None, :]).flatten(-2)
+    assert torch.equal(scores, sums.topk(knn).values)
+    assert torch.equal(scores, sums.gather(-1, slots))
+    assert all(len(set(row)) == knn for row in slots.flatten(0, 1).tolist())
+    grad = torch.randn_like(scores)
+    scores.backward(grad)
+    actual = query.grad, keys.grad
+    query.grad = keys.grad = None
+    sums.gather(-1, slots).backward(grad)
+    for found, wanted in zip(actual, (query.grad, keys.grad), strict=True):
+        assert relative_error(found, wanted) < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
 
 
 @pytest.mark.parametrize("case", ["train_dense.npz", "train_memory.npz"])
