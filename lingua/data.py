@@ -93,6 +93,9 @@ def validate_data_args(args: DataArgs) -> None:
         raise ValueError("data.root_dir: not set; name the folder that holds the sources")
     if not Path(args.root_dir).is_dir():
         raise ValueError(f"data.root_dir: no folder '{args.root_dir}' (from {os.getcwd()})")
+    for source, weight in list(args.sources.items()):
+        if weight == 0 and not (Path(args.root_dir) / source).is_dir():
+            del args.sources[source]  # one of the config's that the command line leaves out
     for source in args.sources:
         find_files(args.root_dir, source, TRAIN_FILES)
 

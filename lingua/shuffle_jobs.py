@@ -36,6 +36,7 @@ from lingua.shuffle_output import (
     remove_parts,
     text_bytes,
 )
+from lingua.slurm import partition_minutes, why_waiting
 
 # What a process takes before any data: Python, numpy, orjson; and Arrow with its buffers.
 PROCESS_BYTES, ARROW_BYTES = 48_000_000, 72_000_000
@@ -81,7 +82,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A job array of `tasks` jobs, each with `cpus` workers. `minutes`: a job's time limit.
+    """A job array of `tasks` jobs, each with `cpus` workers. `minutes`: a job's time limit; None: the partition's.
 
     `kind`: of submitit's executors: "slurm", "local" (processes of this machine) or "debug" (this process).
     """
@@ -92,7 +93,7 @@ class Cluster:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    minutes: int = 1440
+    minutes: int | None = None
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
@@ -282,6 +283,15 @@ def _load_plan(work: str) -> Plan:
 # --- as a job array ----------------------------------------------------------------------------------------------
 
 
+def check_memory(memory: int) -> None:
+    """Raises ValueError where this machine has less than `memory` bytes."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    if memory > total:
+        raise ValueError(f"MEMORY {memory / 1e9:g}: this machine has {total / 1e9:.1f} GB; it works with less, too")
+
+
 class ShareOfTasks:
     """What one job of an array does: those of `tasks` that are not done.
 
@@ -293,6 +303,7 @@ class ShareOfTasks:
 
     def __call__(self) -> None:
         plan = _load_plan(self.work)
+        check_memory(self.resources.memory)
         pending = set(shuffle.pending_tasks(self.kind, plan))
         tasks = [task for task in self.tasks if task in pending]
         run_here(self.kind, tasks, plan, self.resources, lambda task, done, documents: None)
@@ -304,7 +315,13 @@ class ShareOfTasks:
 
 
 def run_on_cluster(
-    kind: str, tasks: list[int], plan: Plan, resources: Resources, cluster: Cluster, on_progress: OnProgress
+    kind: str,
+    tasks: list[int],
+    plan: Plan,
+    resources: Resources,
+    cluster: Cluster,
+    on_progress: OnProgress,
+    say: Callable[[str], None],
 ) -> None:
     """Works on all of `tasks` by a job array, and waits for it. Raises ValueError where a job fails, with its log.
 
@@ -327,7 +344,7 @@ def run_on_cluster(
         nodes=1,
         tasks_per_node=1,
         cpus_per_task=cluster.cpus,
-        timeout_min=cluster.minutes,
+        timeout_min=_minutes(cluster),
         **memory,
         **{f"slurm_{key}": value for key, value in slurm.items() if value is not None},
     )
@@ -338,6 +355,13 @@ def run_on_cluster(
             jobs = [executor.submit(share) for share in shares]
     except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
         raise ValueError(f"the job array cannot be submitted: {' '.join(str(error).split())}") from None
+    if cluster.kind == "slurm":
+        array = jobs[0].job_id.split("_")[0]
+        time.sleep(1)  # until SLURM has looked at it
+        reason = ""
+        with contextlib.suppress(OSError):
+            reason = why_waiting(array)
+        say(f"{kind}: job {array}, {count} tasks" + (f", waiting ({reason})" if reason else ""))
     try:
         _wait_for_jobs(kind, tasks, plan, jobs, cluster, on_progress)
     except BaseException:
@@ -345,6 +369,16 @@ def run_on_cluster(
             with contextlib.suppress(Exception):
                 job.cancel()
         raise
+
+
+def _minutes(cluster: Cluster) -> int:
+    """A time limit that the partition allows: SLURM takes others, and never starts them."""
+    if cluster.kind != "slurm":
+        return cluster.minutes or 1440
+    longest = partition_minutes(cluster.partition)
+    if cluster.minutes is not None and cluster.minutes > longest:
+        raise ValueError(f"--slurm_time {cluster.minutes}: more than the {longest:g} minutes of the partition")
+    return cluster.minutes or int(min(longest, 30 * 1440))
 
 
 def _counts_memory(cluster: Cluster) -> bool:
@@ -452,7 +486,7 @@ def _run_locked(
             if cluster is None:
                 run_here(kind, pending, plan, resources, on_progress)
             else:
-                run_on_cluster(kind, pending, plan, resources, cluster, on_progress)
+                run_on_cluster(kind, pending, plan, resources, cluster, on_progress, say)
 
     try:
         if cluster is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -118,6 +119,37 @@ def ask_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
         said = re.sub(rf"({command[0]}: )?(error|fatal): ", "", " ".join(result.stderr.split()))
         raise OSError(f"{command[0]}: {said or f'exit code {result.returncode}'}")
     return result.stdout
+
+
+def partition_minutes(partition: str | None = None) -> float:
+    """The longest time of a job in a partition (None: the default one); infinity where there is no limit.
+
+    Raises ValueError for a partition that SLURM does not have, OSError where SLURM does not answer.
+    """
+    wanted = [] if partition is None else [f"--partition={partition}"]
+    listed = ask_slurm("sinfo", "--noheader", *wanted, "--format=%P %l").split("\n")
+    limits = [line.split() for line in listed if line.strip()]
+    if partition is None:
+        limits = [line for line in limits if line[0].endswith("*")] or limits
+    if not limits:
+        known = ", ".join(sorted(set(ask_slurm("sinfo", "--noheader", "--format=%R").split())))
+        raise ValueError(f"partition: SLURM has no '{partition}'; it has {known}")
+
+    def minutes(limit: str) -> float:
+        if not re.fullmatch(r"[\d:-]+", limit):
+            return math.inf
+        days, _, clock = limit.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        hours, minute, second = [0] * (3 - len(parts)) + parts
+        return int(days or 0) * 1440 + hours * 60 + minute + second / 60
+
+    return min(minutes(limit) for _, limit in limits)
+
+
+def why_waiting(job: str) -> str:
+    """SLURM's word for why a job is not running yet, such as Priority or PartitionTimeLimit; nothing if it is."""
+    reasons = ask_slurm("squeue", "--noheader", f"--job={job}", "--states=PENDING", "--format=%r").split("\n")
+    return next((reason.strip() for reason in reasons if reason.strip() not in ("", "None")), "")
 
 
 def requeue(made_progress: bool) -> None:

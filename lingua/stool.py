@@ -19,8 +19,10 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -28,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +52,7 @@ from lingua.args import (
     to_yaml,
 )
 from lingua.distributed import run_main, validate_environment
-from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm, scratch_variables
+from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm, partition_minutes, scratch_variables, why_waiting
 
 CONFIG_FILE, SCRIPT_FILE, CODE_FOLDER = "base_config.yaml", "submit.slurm", "code"
 
@@ -242,25 +245,6 @@ def validate_stool_args(args: StoolArgs) -> None:
 # --- the job script ------------------------------------------------------------------------------------------------
 
 
-def partition_time_limit(partition: str) -> str:
-    """The longest time of a job, as sbatch takes it. Raises ValueError for a partition that SLURM does not have."""
-    limits = ask_slurm("sinfo", "--noheader", f"--partition={partition}", "--format=%l").split()
-    if not limits:
-        known = ", ".join(sorted(set(ask_slurm("sinfo", "--noheader", "--format=%R").split())))
-        raise ValueError(f"partition: SLURM has no '{partition}'; it has {known}")
-
-    def minutes(limit: str) -> float:
-        if not re.fullmatch(r"[\d:-]+", limit):
-            return float("inf")
-        days, _, clock = limit.rpartition("-")
-        parts = [int(part) for part in clock.split(":")]
-        hours, minute, second = [0] * (3 - len(parts)) + parts
-        return int(days or 0) * 1440 + hours * 60 + minute + second / 60
-
-    shortest = min(limits, key=minutes)
-    return shortest if minutes(shortest) < float("inf") else "UNLIMITED"
-
-
 def _directive(option: str, value: object) -> str:
     """A line that sbatch reads; it takes backslash and quote as a shell does, and nothing else."""
     text = re.sub(r'(["\\])', r"\\\1", str(value))
@@ -285,10 +269,14 @@ def header(args: StoolArgs, name: str, n_runs: int = 1) -> list[str]:
     ]
     if args.ngpu:
         options.append(("gres", f"gpu:{args.ngpu}"))
-    if args.time != -1:
+    longest = math.inf
+    if args.launcher == "sbatch" and shutil.which("sinfo"):
+        longest = partition_minutes(args.partition)
+        if args.time > longest:
+            raise ValueError(f"time: {args.time} minutes are more than the {longest:g} of partition '{args.partition}'")
+        options.append(("time", args.time if args.time != -1 else "UNLIMITED" if longest == math.inf else int(longest)))
+    elif args.time != -1:
         options.append(("time", args.time))
-    elif args.launcher == "sbatch" and shutil.which("sinfo"):
-        options.append(("time", partition_time_limit(args.partition)))
     options += [(name, value) for name in _OPTIONAL if (value := getattr(args, name))]
     if n_runs > 1:
         options.append(("array", f"0-{n_runs - 1}"))
@@ -368,7 +356,9 @@ def job_script(args: StoolArgs, run: Run, code: Path | None, answers_usr2: bool)
         "",
         "# Written by lingua.stool. Start it again with sbatch: it goes on from the newest checkpoint.",
         f"dump_dir={shlex.quote(str(run.dump_dir))}",
-        'export STOOL_LOGS="$dump_dir/logs/${SLURM_JOB_ID:?no SLURM job; start this file with sbatch}"',
+        ": ${SLURM_JOB_ID:?no SLURM job; start this file with sbatch}",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        'export STOOL_LOGS="$dump_dir/logs/${job:-$SLURM_JOB_ID}"',
         'mkdir -p -- "$STOOL_LOGS" || exit 1',
         '[ -n "${STOOL_TERMINAL:-}" ] || exec >> "$STOOL_LOGS/job.log" 2>&1',
         "# Paths in the config are relative to where it was submitted from.",
@@ -416,8 +406,10 @@ def array_script(args: StoolArgs, root: Path, runs: list[Run]) -> str:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is one of a run or a sweep of ours."""
-    submitted, trained = (folder / SCRIPT_FILE).is_file(), (folder / "config.yaml").is_file()
-    return (submitted and (folder / "logs").is_dir()) or (trained and (folder / "train.log").is_file())
+    with contextlib.suppress(OSError, UnicodeError):
+        if "# Written by lingua.stool" in (folder / SCRIPT_FILE).read_text(encoding="utf-8"):
+            return True
+    return (folder / "config.yaml").is_file() and (folder / "train.log").is_file()
 
 
 def script_of(folder: Path) -> str | None:
@@ -667,6 +659,8 @@ def launch_job(args: StoolArgs) -> str | None:
     command = ["bash" if args.launcher == "bash" else "sbatch", str(root / SCRIPT_FILE)]
     delete = check_folder(args, root, runs)
     if args.dryrun:
+        for run in runs:
+            print(f"# {run.dump_dir / CONFIG_FILE}\n{OmegaConf.to_yaml(run.config)}")
         for folder, script in scripts.items():
             print(f"# {folder / SCRIPT_FILE}\n{script}")
         print(f"# command\n{shlex.join(command)}")
@@ -683,7 +677,6 @@ def launch_job(args: StoolArgs) -> str | None:
             run.dump_dir.mkdir(exist_ok=True)
             write_file(run.dump_dir / CONFIG_FILE, OmegaConf.to_yaml(run.config))
         for folder, script in scripts.items():
-            (folder / "logs").mkdir(exist_ok=True)
             write_file(folder / SCRIPT_FILE, script)
         if args.launcher == "sbatch":
             undo.keep = True  # from here on SLURM may have the job, whatever happens to this process
@@ -696,7 +689,10 @@ def launch_job(args: StoolArgs) -> str | None:
                 raise
             job = job.strip().split(";")[0]
     if args.launcher == "bash":
-        return run_here(command)
+        job = os.environ["SLURM_JOB_ID"]
+        tell_of_job(args, job, root, runs)
+        run_here(command, root / "logs" / job)
+        return job
     with contextlib.suppress(OSError, UnicodeError):  # nobody reads it, but the job is on its way
         tell_of_job(args, job, root, runs)
     return job
@@ -718,19 +714,26 @@ def tell_of_job(args: StoolArgs, job: str, root: Path, runs: list[Run]) -> None:
     name = "job.log" if args.stdout else "rank_0.log"
     if args.sweep:
         lines = [f"job {job}: {len(runs)} runs in {root}"]
-        lines += [f"  {job}_{number}   {run.dump_dir.name}" for number, run in enumerate(runs)]
-        lines.append(f"  logs        in each run's logs/<job>/{name}, and job.log beside it where a job did not start")
+        lines += [
+            f"  {run.dump_dir.name}   tail -F {shlex.quote(str(run.dump_dir / 'logs' / f'{job}_{number}' / name))}"
+            for number, run in enumerate(runs)
+        ]
     else:
         folder = root / "logs" / job
         lines = [f"job {job}: {root}", f"  follow it   tail -F {shlex.quote(str(folder / name))}"]
         if not args.stdout:
             lines.append(f"  of SLURM    {shlex.quote(str(folder / 'job.log'))}")
     lines += [f"  state       squeue --job {job}", f"  end it      scancel {job}"]
+    if args.launcher == "sbatch" and shutil.which("squeue"):
+        time.sleep(0.5)  # until SLURM has looked at it
+        reason = why_waiting(job)
+        if reason and reason not in ("Priority", "Resources"):
+            lines.append(f"  it waits    {reason}; if that does not change by itself, scancel it and ask for less")
     print("\n".join(lines), flush=True)
 
 
-def run_here(command: list[str]) -> str:
-    """Runs the script within this allocation, its output on this terminal. Raises OSError where it fails."""
+def run_here(command: list[str], logs: Path) -> None:
+    """Runs the script within this allocation. Raises OSError where it fails."""
     # Ctrl-C is srun's to answer, which ends the ranks.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
@@ -738,8 +741,7 @@ def run_here(command: list[str]) -> str:
     finally:
         signal.signal(signal.SIGINT, before)
     if code:
-        raise OSError(f"the job ended with exit code {code}; its ranks' output is in the dump_dir's logs")
-    return os.environ["SLURM_JOB_ID"]
+        raise OSError(f"the job ended with exit code {code}; see '{logs}', what its ranks say last")
 
 
 def parse_command_line(argv: list[str]) -> StoolArgs:
@@ -757,7 +759,8 @@ def parse_command_line(argv: list[str]) -> StoolArgs:
     args = parse_args(StoolArgs, [argument for argument in own if argument.split("=", 1)[0] not in strings])
     args = dataclasses.replace(args, **texts)
     if len(files) != 1:
-        raise ValueError(f"config: given {len(files)} times; name one YAML file for the script to read")
+        given = f"given {len(files)} times" if files else "not given"
+        raise ValueError(f"config: {given}; name one YAML file for the script to read, config=...")
     kind = args_of_script(args.script)
     overrides = [read_argument(argument, kind or _AnyScript) for argument in argv if not is_own(argument)]
     for override in overrides:
@@ -771,6 +774,8 @@ def parse_command_line(argv: list[str]) -> StoolArgs:
 def main() -> None:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
+        print(inspect.getdoc(StoolArgs))
+        print("\nDefaults:\n" + "\n".join(f"  {name}={value}" for name, value in vars(StoolArgs()).items()))
         return
     launch_job(parse_command_line(sys.argv[1:]))
 

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -41,7 +42,7 @@ from lingua.documents import (
     suffix_of,
 )
 from lingua.shuffle import Plan, write_whole
-from lingua.shuffle_jobs import Cluster, Resources, run
+from lingua.shuffle_jobs import Cluster, Resources, check_memory, run
 from lingua.shuffle_output import check_disk, clear_leftovers, find_result
 
 PROGRAM = "download_prepare_hf_data"
@@ -91,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     slurm.add_argument("--slurm_partition")
     slurm.add_argument("--slurm_account")
     slurm.add_argument("--slurm_qos")
-    slurm.add_argument("--slurm_time", type=int, default=1440, help="minutes a job (default: %(default)s)")
+    slurm.add_argument("--slurm_time", type=int, help="minutes a job (default: the partition's maximum)")
     slurm.add_argument("--slurm_tasks", type=int, help="jobs at once, each with MEMORY (default: 8)")
     slurm.add_argument("--slurm_cpus", type=int, default=1, help="workers of a job (default: %(default)s)")
     slurm.add_argument("--cluster", choices=["slurm", "local"], help="local: try the jobs as processes of this machine")
@@ -124,7 +125,7 @@ def main() -> None:
     cluster = choose_cluster(args)
     memory = int(args.memory * 1e9)
     if cluster is None:
-        check_memory(args.memory)
+        check_memory(memory)
     data_dir = local_form(args.data_dir)
     data_dir = data_dir.rstrip("/") if is_remote(data_dir) else os.path.abspath(os.path.expanduser(data_dir))
     out = join(data_dir, f"{args.name}_shuffled")
@@ -165,6 +166,8 @@ def main() -> None:
         f"{args.name}: {manifest['documents']:,} documents ({manifest['bytes'] / 1e6:,.1f} MB) in, as many out: "
         f"{manifest['documents'] - n_validation:,} in {args.nchunks} chunks, {n_validation:,} for validation; {out}"
     )
+    sources = shlex.quote(f"data.sources={{{args.name}_shuffled: 1}}")
+    print(f"{args.name}: train with {shlex.quote(f'data.root_dir={data_dir}')} {sources}")
 
 
 def choose_cluster(args: argparse.Namespace) -> Cluster | None:
@@ -179,14 +182,6 @@ def choose_cluster(args: argparse.Namespace) -> Cluster | None:
         qos=args.slurm_qos,
         minutes=args.slurm_time,
     )
-
-
-def check_memory(gigabytes: float) -> None:
-    import psutil
-
-    total = psutil.virtual_memory().total / 1e9
-    if gigabytes > total:
-        raise ValueError(f"MEMORY {gigabytes:g}: this machine has {total:.1f} GB; it works with less, too")
 
 
 def temporary_folder(out: str) -> Path:

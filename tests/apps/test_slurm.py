@@ -288,6 +288,9 @@ def test_sweep(slurm, corpus, tmp_path):
         for number, (lr, seed) in enumerate([(0.001, 1), (0.001, 2), (0.01, 1), (0.01, 2)])
     ]
     wait_until(lambda: not in_queue(slurm))
+    for number, folder in enumerate(runs):
+        assert (folder / "logs" / f"{job}_{number}" / "rank_0.log").exists()
+        assert f"{folder}/logs/{job}_{number}/rank_0.log" in result.out
     for folder, lr in zip(runs, (0.001, 0.001, 0.01, 0.01), strict=True):
         assert last_step(folder) == 2, logs_of(folder)
         assert read_metrics(folder)[-1]["optim/lr"] == pytest.approx(lr * 1 / 5)
@@ -409,9 +412,12 @@ def test_data_is_shuffled_by_job_arrays(slurm, corpus, tmp_path):
         )  # fmt: skip
         return Result(done.returncode, done.stdout, done.stderr)
 
-    on_slurm = ("--slurm_partition", "learn", "--slurm_tasks", "2", "--slurm_time", "10")
+    on_slurm = ("--slurm_partition", "learn", "--slurm_tasks", "2")
     prepare("alone", "--workers", "1").ok()
-    prepare("array", *on_slurm).ok()
+    told = prepare("array", *on_slurm).ok().out
+    assert "scatter: job " in told
+    assert "data.sources={mine_shuffled: 1}" in told
+    assert "--slurm_time 61: more than the 60 minutes" in prepare("long", *on_slurm, "--slurm_time", "61").err
     names = {f"mine.chunk.{number:02d}.jsonl" for number in range(3)} | {"mine.val.jsonl", "mine.manifest.json"}
     written = [snapshot(tmp_path / folder / "mine_shuffled") for folder in ("alone", "array")]
     assert written[0].keys() == written[1].keys() == names

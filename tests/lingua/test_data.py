@@ -1076,3 +1076,10 @@ def test_the_loader_does_not_import_torch():
     root = Path(data.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "False"
+
+
+def test_a_source_of_weight_zero_may_be_missing(corpus):
+    """So that the command line can leave out one that the config names."""
+    args = DataArgs(root_dir=corpus.root_dir, sources={**corpus.sources, "elsewhere": 0.0})
+    data.validate_data_args(args)
+    assert args.sources == corpus.sources

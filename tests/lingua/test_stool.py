@@ -288,7 +288,7 @@ def test_command_line_is_split():
         (["config=c.yaml", "dump_dir=a:b"], "copy_code: cannot be with ':' in dump_dir"),
         (["config=missing.yaml"], "config: no file 'missing.yaml'"),
         (["config=bad.yaml"], "stepz: unknown key"),
-        (["nodes=2"], "config: given 0 times"),
+        (["nodes=2"], "config: not given"),
         (["config=c.yaml", "config=c.yaml"], "config: given 2 times"),
     ],
 )
@@ -332,17 +332,17 @@ def test_script_without_sbatch_is_bash(tmp_path, command, capsys):
 
 def test_what_is_left_in_dump_dir(tmp_path, command):
     notes = command("sbatch", "77\n")
-    command("sinfo", "1-12:30:00\n2:00:00\n")
+    command("sinfo", "learn* 1-12:30:00\nlearn* 2:00:00\n")
     config = write("c.yaml", "dump_dir: deep/run\nsteps: ${data.batch_size}\nname: ${oc.env:SLURM_JOB_ID}\n")
     assert launch_job(parse_command_line([f"config={config}", "data.batch_size=4"])) == "77"
     run = tmp_path / "deep" / "run"
     assert notes.read_text().splitlines() == ["--parsable", str(run / "submit.slurm")]
-    assert sorted(os.listdir(run)) == ["base_config.yaml", "code", "logs", "submit.slurm"]
+    assert sorted(os.listdir(run)) == ["base_config.yaml", "code", "submit.slurm"]
     saved = OmegaConf.load(run / "base_config.yaml")
     assert OmegaConf.to_container(saved, resolve=False) == {
         "dump_dir": str(run), "steps": "${data.batch_size}", "name": "${oc.env:SLURM_JOB_ID}", "data": {"batch_size": 4}
     }  # fmt: skip
-    assert '#SBATCH --time="2:00:00"' in (run / "submit.slurm").read_text()
+    assert '#SBATCH --time="120"' in (run / "submit.slurm").read_text()
     assert (run / "code" / "lingua" / "stool.py").read_bytes() == Path(slurm.__file__).with_name(
         "stool.py"
     ).read_bytes()
@@ -352,11 +352,26 @@ def test_what_is_left_in_dump_dir(tmp_path, command):
 
 def test_partition_without_a_limit(command, tmp_path):
     command("sbatch", "77\n")
-    command("sinfo", "infinite\n")
+    command("sinfo", "learn infinite\n")
     launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False))
     script = Path("run/submit.slurm").read_text()
     assert '#SBATCH --time="UNLIMITED"' in script
     assert "PYTHONPATH" not in script
+
+
+def test_more_time_than_the_partition_has(command, tmp_path):
+    command("sbatch", "77\n")
+    command("sinfo", "learn 1:00:00\n")
+    with pytest.raises(ValueError, match="time: 61 minutes are more than the 60 of partition 'learn'"):
+        launch_job(StoolArgs(config={"dump_dir": "run"}, time=61))
+    assert not Path("run").exists()
+
+
+def test_a_job_that_cannot_start_is_told(command, capsys):
+    command("sbatch", "77\n")
+    command("squeue", "PartitionNodeLimit\n")
+    launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False))
+    assert "it waits    PartitionNodeLimit" in capsys.readouterr().out
 
 
 def test_a_refused_submission_takes_back_what_it_made(command, tmp_path):
