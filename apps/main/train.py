@@ -554,7 +554,7 @@ def open_logs(run: Run) -> Iterator[None]:
                 raise
             stack.push(lambda kind, *_: finish_wandb(wandb_run, kind is None, run.step < args.steps))
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(claim(folder))
+        stack.enter_context(claim(folder))  # of two runs that have found no folder, one makes it
         stack.callback(remove_log_file, add_log_file(folder / "train.log"))
         beside = folder / "config.yaml.tmp"
         beside.write_text(to_yaml(args), encoding="utf-8")
@@ -610,6 +610,9 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     """All that is left of the run; `stack` closes loader and logs."""
     args = run.args
     with together():
+        # Before anything there is cleaned up, which another run may be writing.
+        if run.world.rank == 0 and os.access(Path(args.dump_dir) / "train.log", os.W_OK):
+            stack.enter_context(claim(Path(args.dump_dir)))
         run.checkpoints.clean_up()
         if args.checkpoint.path is not None:
             check_writable("checkpoint.path", run.checkpoints.path, checkpoint_bytes(run.model))
