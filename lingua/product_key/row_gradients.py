@@ -54,8 +54,8 @@ class RowGradients:
         Sums up to rows as soon as the notes of many batches take more memory than the table.
         """
         # Copies: what a compiled program hands in is its own memory, which it uses again.
-        size = torch.int32 if len(self.weight) < 2**31 else torch.int64
-        self._notes.append((indices.to(size, copy=True), factors.clone(), vectors.clone()))
+        dtype = torch.int32 if len(self.weight) < 2**31 else torch.int64
+        self._notes.append((indices.to(dtype, copy=True), factors.clone(), vectors.clone()))
         noted = sum(tensor.nbytes for note in self._notes for tensor in note)
         if noted > local_part(self.weight).nbytes:
             self.rows()
