@@ -1,4 +1,7 @@
-"""AdamW in three groups, two gradient clippings, learning-rate schedules."""
+"""AdamW in three groups, two gradient clippings, learning-rate schedules.
+
+The value tables' gradients and updates are dense, as published, or of the rows that were read (`lingua.sparse_update`).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lingua.distributed import local_part
 from lingua.product_key.memory import HashingMemory
+from lingua.product_key.row_gradients import RowGradients
+from lingua.sparse_update import SparseAdamW
+
+VALUE_UPDATES = ("dense", "sparse")
+VALUE_ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclass
 class OptimArgs:
+    """Config section `optim`. `value_update: sparse` touches only the rows of value tables that a step has read, with
+    `value_rounding: stochastic` rounding bf16 tables at random (both: lingua/sparse_update.py).
+    """
+
     lr: float = 3e-4
     weight_decay: float = 0.1
     epsilon: float = 1e-8
@@ -33,12 +45,20 @@ class OptimArgs:
     annealing_step: int = 1000
     decay_fraction: float = 0.1
     exp_factor: float = 0.5
+    value_update: str = "dense"
+    value_rounding: str = "nearest"
 
 
 def validate_optim_args(args: OptimArgs) -> None:
     """Raises ValueError, one line that names the key."""
     if args.scheduler not in SCHEDULERS:
         raise ValueError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
+    if args.value_update not in VALUE_UPDATES:
+        raise ValueError(f"optim.value_update: '{args.value_update}' is neither {' nor '.join(VALUE_UPDATES)}")
+    if args.value_rounding not in VALUE_ROUNDINGS:
+        raise ValueError(f"optim.value_rounding: '{args.value_rounding}' is neither {' nor '.join(VALUE_ROUNDINGS)}")
+    if args.value_rounding == "stochastic" and args.value_update != "sparse":
+        raise ValueError("optim.value_rounding: stochastic goes not with value_update=dense; set value_update=sparse")
     for name in ("lr", "weight_decay", "epsilon", "warmup", "lr_min_ratio"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value >= 0):
@@ -125,11 +145,20 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"dense": dense, "values": list(values), "memory": list(memory)}
 
 
-def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int) -> tuple[AdamW, LambdaLR]:
+def row_gradients(model: nn.Module) -> dict[nn.Parameter, RowGradients]:
+    """Those of the value tables whose gradients are noted by rows."""
+    memories = [module for module in model.modules() if isinstance(module, HashingMemory)]
+    tables = {table: None for memory in memories for table in memory.tables if table.row_gradients is not None}
+    return {table.weight: table.row_gradients for table in tables}
+
+
+def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int = 0) -> tuple[AdamW, LambdaLR]:
     """AdamW and its schedule. One group for a dense model; with memories, those of `split_parameters` in its order.
 
     The tables' group has the learning rate `value_fixed_lr` where that is set; the schedule's factor applies to it too.
     The memories' other parameters train like the dense ones; that they stand apart is the published order of groups.
+    With `value_update: sparse` the tables' gradients are noted by rows from now on; clear them by the optimizer's
+    `zero_grad`. `seed`: of stochastic rounding.
     """
     validate_optim_args(args)
     kinds = split_parameters(model)
@@ -138,9 +167,21 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int) -> tuple[Ad
         fixed = next(m.value_fixed_lr for m in model.modules() if isinstance(m, HashingMemory))
         groups.append({"params": kinds["values"], "lr": args.lr if fixed is None else fixed})
         groups.append({"params": kinds["memory"], "lr": args.lr})
-    optimizer = AdamW(
-        groups, betas=(args.beta1, args.beta2), eps=args.epsilon, weight_decay=args.weight_decay, fused=True
-    )
+    options = {
+        "betas": (args.beta1, args.beta2),
+        "eps": args.epsilon,
+        "weight_decay": args.weight_decay,
+        "fused": True,
+    }
+    if args.value_update == "sparse":
+        for module in model.modules():
+            if isinstance(module, HashingMemory):
+                for table in module.own_tables:
+                    table.note_rows()
+        by_rows, is_stochastic = row_gradients(model), args.value_rounding == "stochastic"
+        optimizer = SparseAdamW(groups, by_rows, is_stochastic, seed, **options)
+    else:
+        optimizer = AdamW(groups, **options)
     return optimizer, LambdaLR(optimizer, build_lr_fn(args, n_steps))
 
 
@@ -159,18 +200,25 @@ def clip_gradients(model: nn.Module, max_norm: float) -> tuple[torch.Tensor, tor
     the norms before clipping, in fp32 or more: (all else, tables or None where there are none).
     """
     kinds = split_parameters(model)
-    rest = _clip(kinds["dense"] + kinds["memory"], max_norm)
-    values = _clip(kinds["values"], max_norm) if kinds["values"] else None
+    rest = _clip(kinds["dense"] + kinds["memory"], {}, max_norm)
+    values = _clip(kinds["values"], row_gradients(model), max_norm) if kinds["values"] else None
     return rest, values
 
 
 @torch.no_grad()
-def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
+def _clip(parameters: list[nn.Parameter], by_rows: dict[nn.Parameter, RowGradients], max_norm: float) -> torch.Tensor:
+    laid_out, local = [], []
+    for parameter in parameters:
+        if parameter in by_rows:
+            if not by_rows[parameter].is_empty:
+                laid_out.append(parameter)
+                local.append(by_rows[parameter].rows()[1])
+        elif parameter.grad is not None:
+            laid_out.append(parameter.grad)
+            local.append(local_part(parameter.grad))
+    if not local:
         return torch.zeros(())
-    local = [local_part(grad) for grad in gradients]
-    norm = _total_norm(gradients, local)
+    norm = _total_norm(laid_out, local)
     # The small term is torch's, against a division by zero.
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for part in _by_device_and_type(local):
@@ -178,15 +226,17 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _total_norm(gradients: list[torch.Tensor], local: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients as one vector; `local`: what this rank holds of them."""
+def _total_norm(laid_out: list[torch.Tensor], local: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector. `local`: what this rank holds of them; `laid_out`: tensors that lie on
+    the ranks as they do.
+    """
     # What is split over the same ranks is summed over them at once.
     held: dict[tuple[ProcessGroup, ...], list[torch.Tensor]] = {}
-    for grad, part in zip(gradients, local, strict=True):
+    for whole, part in zip(laid_out, local, strict=True):
         groups = ()
-        if isinstance(grad, DTensor):
-            split = [dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate()]
-            groups = tuple(grad.device_mesh.get_group(dim) for dim in split if grad.device_mesh.size(dim) > 1)
+        if isinstance(whole, DTensor):
+            split = [dim for dim, placement in enumerate(whole.placements) if not placement.is_replicate()]
+            groups = tuple(whole.device_mesh.get_group(dim) for dim in split if whole.device_mesh.size(dim) > 1)
         held.setdefault(groups, []).append(part)
     squares = []
     for groups, parts in held.items():

@@ -38,6 +38,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lingua.distributed import DTYPES, DistributedArgs, World, local_part, mesh_sizes, set_group_timeout
 from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag
 from lingua.product_key.memory import HashingMemory, memory_layers
+from lingua.product_key.row_gradients import RowGradients
 from lingua.transformer import BaseTransformer, BaseTransformerArgs, FeedForward, head_sizes, hidden_size
 
 # Elements of a half-precision table's gradient that are summed in fp32 at once.
@@ -101,6 +102,12 @@ def _refuse_float8(args: DistributedArgs, model: BaseTransformerArgs, world: Wor
         raise ValueError(f"{key}: needs torchao ({error}); pip install torchao") from None
 
 
+def splits_tables_by_rows(args: DistributedArgs, world: World) -> bool:
+    """Whether FSDP splits the value tables, since neither tensor nor memory parallelism does."""
+    _, shard, tp_size = mesh_sizes(args, world)
+    return shard > 1 and tp_size == 1 and args.memory_parallel_size == 1
+
+
 # --- the parts -----------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +129,7 @@ def parallelize(model: BaseTransformer, args: DistributedArgs, world: World) -> 
         for memory in model.memories().values():
             for table in memory.own_tables:
                 parallelize_module(table, split_over, ColwiseEmbeddingBag())
-    by_rows = shard > 1 and split_over is None
+    by_rows = splits_tables_by_rows(args, world)
     for block in model.layers:
         # FSDP's gathering of a table in the midst of a block does not go with a choice of what to keep.
         gathers = by_rows and isinstance(block.feed_forward, HashingMemory)
@@ -323,7 +330,10 @@ class GradientReducer:
     @torch.no_grad()
     def finish(self) -> None:
         for table in self.tables:
-            _sum_in_fp32(local_part(table.weight.grad), self.table_group, self.scale)
+            if table.row_gradients is not None:
+                _sum_rows(table.row_gradients, self.table_group, self.scale)
+            else:
+                _sum_in_fp32(local_part(table.weight.grad), self.table_group, self.scale)
         if self.tp_group is None:
             return
         for memory in self.seen_in_part:
@@ -350,3 +360,28 @@ def _sum_in_fp32(grad: torch.Tensor, group: dist.ProcessGroup, scale: float) -> 
         if not alone:
             dist.all_reduce(total, group=group)
         part.copy_(total.mul_(scale))
+
+
+def _sum_rows(gradient: RowGradients, group: dist.ProcessGroup, scale: float) -> None:
+    """Sums over the group and multiplies the rows that any of its ranks has read; all have all of these then."""
+    slots, rows = gradient.rows()
+    n_ranks = dist.get_world_size(group)
+    if n_ranks > 1:
+        every_slot = _gather_uneven(slots, n_ranks, group).unique()
+        mine, rows = rows, rows.new_zeros(len(every_slot), rows.shape[1])
+        rows[torch.searchsorted(every_slot, slots)] = mine
+        dist.all_reduce(rows, group=group)
+        slots = every_slot
+    gradient.replace(slots, rows.mul_(scale))
+
+
+def _gather_uneven(slots: torch.Tensor, n_ranks: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """All ranks' slots, one rank's behind another's, of whom each has its own number."""
+    counts = slots.new_empty(n_ranks)
+    dist.all_gather_into_tensor(counts, slots.new_tensor([len(slots)]), group=group)
+    counts = counts.tolist()
+    padded = slots.new_zeros(max(counts))
+    padded[: len(slots)] = slots
+    every = slots.new_empty(n_ranks, len(padded))
+    dist.all_gather_into_tensor(every.view(-1), padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(every, counts, strict=True)])

@@ -82,7 +82,7 @@ from lingua.metrics import (
     validate_logging_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
-from lingua.parallelize import local_bytes, parallelize, validate_parallelism
+from lingua.parallelize import local_bytes, parallelize, splits_tables_by_rows, validate_parallelism
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
 
@@ -168,9 +168,24 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     args.model.max_seqlen = args.data.seq_len
     validate_model_args(args.model)
     validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
+    validate_value_update(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
     validate_evaluation(args)
+
+
+def validate_value_update(args: TrainArgs, world: World) -> None:
+    """Raises ValueError, one line that names the key, where sparse updates do not go with the layout."""
+    if args.optim.value_update == "sparse" and splits_tables_by_rows(args.distributed, world):
+        raise ValueError(
+            "optim.value_update: sparse goes not with distributed.fsdp_type=full_shard, which splits value tables by "
+            "rows; set distributed.memory_parallel_size, or no_shard"
+        )
+    if args.optim.value_rounding == "stochastic" and args.distributed.model_dtype != "bf16":
+        raise ValueError(
+            f"optim.value_rounding: stochastic goes not with distributed.model_dtype={args.distributed.model_dtype}, "
+            "with which value tables are in fp32; set model_dtype=bf16, or nearest"
+        )
 
 
 def validate_evaluation(args: TrainArgs) -> None:
@@ -399,7 +414,7 @@ class Run:
         args, device = self.args, self.world.device
         self.model.to_empty(device=device)
         self.model.init_weights()
-        self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps)
+        self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps, args.seed)
         if resume_from is not None:
             load_training(resume_from, self.model, self.optimizer)
             set_schedule_step(self.optimizer, self.scheduler, self.step)

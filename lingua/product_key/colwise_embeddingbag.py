@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from lingua.initialize import normal
+from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 
 
@@ -30,20 +31,32 @@ class xFormerEmbeddingBag(nn.Module):
     def __init__(self, size: int, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dim))
+        self.row_gradients: RowGradients | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         normal(self.weight, std=self.weight.shape[1] ** -0.5)
 
+    def note_rows(self) -> RowGradients:
+        """From now on the table's gradient is noted by rows, and `weight.grad` stays None."""
+        if self.row_gradients is None:
+            self.row_gradients = RowGradients(self.weight)
+        return self.row_gradients
+
+    @property
+    def ticket(self) -> torch.Tensor | None:
+        """What the lookup takes where gradients are noted by rows."""
+        return None if self.row_gradients is None else self.row_gradients.ticket
+
     def forward(self, indices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return xformers_embedding_bag(indices, self.weight, scores)
+        return xformers_embedding_bag(indices, self.weight, scores, ticket=self.ticket)
 
 
 class SlotProducts(xFormerEmbeddingBag):
     """PEER's first table: `(indices (N, bag), x (N, dim)) -> (N, bag)`, the products of each token with its rows."""
 
     def forward(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return slot_products(indices, self.weight, x)
+        return slot_products(indices, self.weight, x, self.ticket)
 
 
 class ColwiseEmbeddingBag(ParallelStyle):
@@ -83,14 +96,15 @@ def _sums_by_columns(
     weight = table.weight.to_local()
     # In the table's type, to which the lookup rounds them anyway: half as many bytes to send where that is bf16.
     scores = _Gather.apply(scores.to(weight.dtype), *group)
-    columns = xformers_embedding_bag(_gather_slots(indices, len(weight), group), weight, scores)
+    slots = _gather_slots(indices, len(weight), group)
+    columns = xformers_embedding_bag(slots, weight, scores, ticket=table.ticket)
     return _Exchange.apply(columns, *group, True)
 
 
 def _products_by_columns(table: SlotProducts, group: _Group, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     weight = table.weight.to_local()
     own_columns = _Exchange.apply(x, *group, False)
-    products = slot_products(_gather_slots(indices, len(weight), group), weight, own_columns)
+    products = slot_products(_gather_slots(indices, len(weight), group), weight, own_columns, table.ticket)
     # Each rank's are of its columns alone: summed, every rank getting its own tokens'.
     return _SumAndSplit.apply(products, *group)
 

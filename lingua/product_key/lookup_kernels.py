@@ -71,6 +71,34 @@ def gradient(
     slots, places = torch.sort(indices.flatten(), stable=True)
     ends = torch.searchsorted(slots, torch.arange(n_slots + 1, device=slots.device, dtype=slots.dtype))
     tokens, factors = torch.div(places, bag, rounding_mode="floor").to(torch.int32), factors.flatten()[places]
+    return _sum_sorted(out, slots, ends, tokens, factors, vectors)
+
+
+def sum_sorted(
+    positions: torch.Tensor,
+    ends: torch.Tensor,
+    tokens: torch.Tensor,
+    factors: torch.Tensor,
+    vectors: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(U, D): row u sums `factors[p] * vectors[tokens[p]]` over places `ends[u] <= p < ends[u + 1]`, which are sorted.
+
+    `positions`: (P,), the u of every place; `ends`: (U + 1,).
+    """
+    out = torch.empty(len(ends) - 1, vectors.shape[1], dtype=dtype, device=vectors.device)
+    return _sum_sorted(out, positions, ends, tokens, factors, vectors) if out.numel() else out
+
+
+def _sum_sorted(
+    out: torch.Tensor,
+    slots: torch.Tensor,
+    ends: torch.Tensor,
+    tokens: torch.Tensor,
+    factors: torch.Tensor,
+    vectors: torch.Tensor,
+) -> torch.Tensor:
+    n_slots, dim = out.shape
     vectors = vectors.contiguous()
     options = _fit(GRADIENT, dim)
     n_columns, n_pieces = triton.cdiv(dim, options["COLUMNS"]), triton.cdiv(len(slots), LONG)

@@ -9,6 +9,7 @@ Both are made of three operations, each the gradient of another:
 
 They are operators of PyTorch's (namespace `lingua`), which torch.compile takes as they are. On a GPU they are Triton
 kernels (lookup_kernels.py); elsewhere, and in fp64, PyTorch's own operators. Everything is summed in fp32 or more.
+With a `ticket` (row_gradients.py) nothing of the table's size is made: backward only notes what `row_sums` needs.
 Suffixes: N tokens, K slots a token, S slots in all, D dim.
 """
 
@@ -33,7 +34,11 @@ LARGE = 2**24
 
 
 def xformers_embedding_bag(
-    indices: torch.Tensor, weight: torch.Tensor, per_sample_weights: torch.Tensor, mode: str = "sum"
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    per_sample_weights: torch.Tensor,
+    mode: str = "sum",
+    ticket: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sums of table rows.
 
@@ -42,6 +47,7 @@ def xformers_embedding_bag(
         weight: (S, D) table, any floating type.
         per_sample_weights: (N, bag), any floating type; rounded to the table's.
         mode: "sum", the only one that product-key memories use.
+        ticket: of the `RowGradients` that notes the table's gradient; the table then gets none of autograd's.
 
     Returns (N, D) of the table's type. Raises ValueError for another mode or for shapes that do not match.
     """
@@ -51,20 +57,25 @@ def xformers_embedding_bag(
         raise ValueError(
             f"indices {tuple(indices.shape)} and per_sample_weights {tuple(per_sample_weights.shape)} must be (N, bag)"
         )
-    return bag_sums(indices, weight, per_sample_weights.to(weight.dtype), weight.dtype)
+    if ticket is not None:
+        weight = weight.detach()
+    return bag_sums(indices, weight, per_sample_weights.to(weight.dtype), weight.dtype, ticket)
 
 
-def slot_products(indices: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def slot_products(
+    indices: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, ticket: torch.Tensor | None = None
+) -> torch.Tensor:
     """Inner products of each token with the rows of its slots, (N, bag), in fp32 (fp64 for such a table).
 
     Args:
         indices: (N, bag) slots of the table.
         weight: (S, D) table.
         x: (N, D) tokens.
+        ticket: as in `xformers_embedding_bag`.
 
     Never holds the (N, bag, D) rows all at once, forward or backward.
     """
-    return bag_products(indices, weight, x)
+    return bag_products(indices, weight if ticket is None else weight.detach(), x, ticket)
 
 
 def _runs_on_triton(tensor: torch.Tensor) -> bool:
@@ -86,7 +97,13 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("lingua::bag_sums", mutates_args=())
-def bag_sums(indices: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def bag_sums(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    factors: torch.Tensor,
+    dtype: torch.dtype,
+    ticket: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`sum_k factors[n, k] * weight[indices[n, k]]`, (N, D) of type `dtype`."""
     if _runs_on_triton(weight):
         from lingua.product_key import lookup_kernels
@@ -98,7 +115,9 @@ def bag_sums(indices: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor,
 
 
 @torch.library.custom_op("lingua::bag_products", mutates_args=())
-def bag_products(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def bag_products(
+    indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor, ticket: torch.Tensor | None = None
+) -> torch.Tensor:
     """`<weight[indices[n, k]], vectors[n]>`, (N, K) in fp32 or more."""
     if _runs_on_triton(weight):
         from lingua.product_key import lookup_kernels
@@ -125,12 +144,20 @@ def table_gradient(
 
 
 @bag_sums.register_fake
-def _(indices: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    factors: torch.Tensor,
+    dtype: torch.dtype,
+    ticket: torch.Tensor | None = None,
+) -> torch.Tensor:
     return weight.new_empty(indices.shape[0], weight.shape[1], dtype=dtype)
 
 
 @bag_products.register_fake
-def _(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def _(
+    indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor, ticket: torch.Tensor | None = None
+) -> torch.Tensor:
     return weight.new_empty(indices.shape, dtype=_accumulator(weight.dtype))
 
 
@@ -142,31 +169,72 @@ def _(
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    *_, ticket = inputs
+    ctx.save_for_backward(*inputs[:3], ticket)
+
+
+# Of row_gradients.py, without which there are no tickets.
+def _record_rows(*inputs: torch.Tensor) -> torch.Tensor:
+    return torch.ops.lingua.record_rows(*inputs)
 
 
 def _sums_backward(ctx, grad_ND):
-    indices, weight, factors = ctx.saved_tensors
-    grad_weight = grad_factors = None
+    indices, weight, factors, ticket = ctx.saved_tensors
+    grad_weight = grad_factors = grad_ticket = None
     if ctx.needs_input_grad[1]:
         grad_weight = table_gradient(indices, factors, grad_ND, len(weight), weight.dtype)
     if ctx.needs_input_grad[2]:
         grad_factors = bag_products(indices, weight, grad_ND).to(factors.dtype)
-    return None, grad_weight, grad_factors, None
+    if ticket is not None:
+        grad_ticket = _record_rows(ticket, indices, factors, grad_ND)
+    return None, grad_weight, grad_factors, None, grad_ticket
 
 
 def _products_backward(ctx, grad_NK):
-    indices, weight, vectors = ctx.saved_tensors
-    grad_weight = grad_vectors = None
+    indices, weight, vectors, ticket = ctx.saved_tensors
+    grad_weight = grad_vectors = grad_ticket = None
     if ctx.needs_input_grad[1]:
         grad_weight = table_gradient(indices, grad_NK, vectors, len(weight), weight.dtype)
     if ctx.needs_input_grad[2]:
         grad_vectors = bag_sums(indices, weight, grad_NK, vectors.dtype)
-    return None, grad_weight, grad_vectors
+    if ticket is not None:
+        grad_ticket = _record_rows(ticket, indices, grad_NK, vectors)
+    return None, grad_weight, grad_vectors, grad_ticket
 
 
 bag_sums.register_autograd(_sums_backward, setup_context=_keep_for_backward)
 bag_products.register_autograd(_products_backward, setup_context=_keep_for_backward)
+
+
+def row_sums(
+    slots: torch.Tensor, tokens: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `table_gradient` has at the slots that are read at all: those, in order, and their rows in fp32 or more.
+
+    Args:
+        slots, tokens, factors: (P,), one for each place that reads: the slot it reads, for which token, how much of it.
+        vectors: (N, D), the tokens'.
+    """
+    wide = _accumulator(torch.promote_types(factors.dtype, vectors.dtype))
+    ordered, places = torch.sort(slots, stable=True)
+    unique, positions, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    ends = F.pad(counts.cumsum(0), (1, 0))
+    tokens, factors = tokens[places], factors[places]
+    if _runs_on_triton(vectors):
+        from lingua.product_key import lookup_kernels
+
+        return unique, lookup_kernels.sum_sorted(positions, ends, tokens, factors, vectors, wide)
+    if slots.numel() and _has_sparse_products(vectors.device, wide):
+        size = (len(unique), len(vectors))
+        matrix = torch.sparse_csr_tensor(ends, tokens.long(), factors.to(wide), size, check_invariants=False)
+        rows = _used_again(len(unique), vectors.shape[1], vectors.device, wide)
+        return unique, torch.addmm(rows, matrix, vectors.to(wide).contiguous(), beta=0, out=rows)
+    rows = torch.zeros(len(unique), vectors.shape[1], dtype=wide, device=vectors.device)
+    at_once = max(CHUNK_ELEMENTS // max(vectors.shape[1], 1), 1)
+    for start in range(0, len(tokens), at_once):
+        chunk = slice(start, start + at_once)
+        rows.index_add_(0, positions[chunk], vectors[tokens[chunk]].to(wide) * factors[chunk, None].to(wide))
+    return unique, rows
 
 
 # --- by PyTorch's operators ------------------------------------------------------------------------------------------
@@ -226,20 +294,10 @@ def _gradient_of_rows_read(
     out = _used_again(n_slots, vectors.shape[1], vectors.device, dtype).zero_()
     if indices.numel() == 0:
         return out
-    wide = _accumulator(vectors.dtype)
-    slots, positions = torch.unique(indices, return_inverse=True)
-    if _has_sparse_products(vectors.device, wide):
-        matrix = _by_slots(positions.flatten(), factors.to(wide), len(slots), indices.shape[1])
-        rows = _used_again(len(slots), vectors.shape[1], vectors.device, wide)
-        torch.addmm(rows, matrix, vectors.to(wide).contiguous(), beta=0, out=rows)
-    else:
-        rows = torch.zeros(len(slots), vectors.shape[1], dtype=wide, device=vectors.device)
-        tokens = max(CHUNK_ELEMENTS // max(indices.shape[1] * vectors.shape[1], 1), 1)
-        for start in range(0, len(indices), tokens):
-            chunk = slice(start, start + tokens)
-            terms_NKD = vectors[chunk].to(wide)[:, None] * factors[chunk].to(wide)[..., None]
-            rows.index_add_(0, positions[chunk].flatten(), terms_NKD.flatten(0, 1))
-    out[slots] = rows.to(dtype)
+    n, bag = indices.shape
+    tokens = torch.arange(n, device=indices.device).repeat_interleave(bag)
+    slots, rows = row_sums(indices.flatten(), tokens, factors.flatten(), vectors)
+    out[slots.long()] = rows.to(dtype)
     return out
 
 

@@ -27,7 +27,7 @@ if INTERPRETED:
     from test_embeddingbag import DTYPES, TOLERANCE, check, draw
 
     from lingua.product_key import lookup_kernels
-    from lingua.product_key.xformer_embeddingbag import _runs_on_triton, slot_products
+    from lingua.product_key.xformer_embeddingbag import _runs_on_triton, row_sums, slot_products
 
     @on_the_interpreter
     def test_kernels_are_what_runs():
@@ -87,3 +87,33 @@ if INTERPRETED:
         monkeypatch.setattr(lookup_kernels, "LONG", 8)
         for seed in range(6):
             check(*draw(40, 5, n_slots, 6, torch.float32, seed=seed))
+
+    @given(
+        lookups=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), min_size=1, max_size=3),
+        n_slots=st.sampled_from([1, 2, 3, 20, 1000]),
+        dim=st.one_of(st.integers(1, 40), st.integers(500, 1100)),
+        dtype=st.sampled_from(DTYPES),
+        index_dtype=st.sampled_from([torch.int32, torch.int64]),
+        long=st.sampled_from([3, 8, 1024]),
+        seed=st.integers(0, 1000),
+    )
+    @settings(max_examples=25, deadline=None)
+    @on_the_interpreter
+    def test_rows_that_are_read(lookups, n_slots, dim, dtype, index_dtype, long, seed):
+        """Bags of several sizes together, as sparse updates have them."""
+        rng = torch.Generator().manual_seed(seed)
+        n_tokens, n_places = sum(n for n, _ in lookups), sum(n * bag for n, bag in lookups)
+        bags = torch.tensor([bag for n, bag in lookups for _ in range(n)], dtype=torch.int64)
+        tokens = torch.arange(n_tokens, dtype=torch.int32).repeat_interleave(bags)
+        places = torch.randint(n_slots, (n_places,), generator=rng).to(index_dtype)
+        factors, vectors = torch.randn(n_places, generator=rng).to(dtype), torch.randn(n_tokens, dim).to(dtype)
+        before, lookup_kernels.LONG = lookup_kernels.LONG, long
+        try:
+            slots, rows = row_sums(places, tokens, factors, vectors)
+        finally:
+            lookup_kernels.LONG = before
+        assert slots.equal(places.unique())
+        assert rows.dtype == torch.float32
+        exact = torch.zeros(n_slots, dim, dtype=torch.float64)
+        exact.index_add_(0, places, factors.double()[:, None] * vectors.double()[tokens.long()])
+        assert (rows - exact[slots.long()]).norm() <= 2e-6 * exact.norm() + 1e-6

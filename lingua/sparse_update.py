@@ -1,0 +1,139 @@
+"""AdamW that touches only the rows of value tables that were read in a step (`optim.value_update: sparse`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
+
+from lingua.distributed import local_part
+from lingua.product_key.row_gradients import RowGradients
+
+# Elements of a table that are updated at once: on a CPU they stay in its cache, on a GPU they keep all of it busy.
+AT_ONCE = {"cpu": 2**17}
+AT_ONCE_ELSEWHERE = 2**24
+
+
+class SparseAdamW(AdamW):
+    """AdamW in which the parameters of `row_gradients` have their gradient by rows; all others as ever.
+
+    A row that was read is updated as in dense AdamW. One that was not read stays as it is, moments and weight: neither
+    do its moments decay nor its weight, and it does not go on along its mean gradient. That is what
+    torch.optim.SparseAdam and FBGEMM's optimizers do, too. Bias is corrected by the number of steps in which the table
+    was read at all, not the row. Where every row is read in every step, the trajectory is that of dense AdamW.
+
+    State has the same names, shapes and types as in dense AdamW: each can go on from the other's checkpoint.
+
+    Args:
+        stochastic: weights and moments of bf16 tables are rounded up or down at random, so that their expectation is
+            exact. Rounded to the nearest, an update of less than half of the last digit is lost, and so is the decay
+            of a second moment where beta2 is near 1.
+        seed: of that rounding, together with the table's number of steps and its place: random numbers are the same on
+            all replicas, and in a run that was resumed.
+    """
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        row_gradients: dict[nn.Parameter, RowGradients],
+        stochastic: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ):
+        super().__init__(params, **options)
+        self.row_gradients = row_gradients
+        self.stochastic, self.seed = stochastic, seed
+        self._numbers = {parameter: number for number, parameter in enumerate(row_gradients)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = self.row_gradients.get(parameter)
+                if gradient is not None and not gradient.is_empty:
+                    self._update(parameter, gradient, group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for gradient in self.row_gradients.values():
+            gradient.clear()
+
+    def _update(self, parameter: nn.Parameter, gradient: RowGradients, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        table, mean, square = (local_part(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        generator = None
+        if self.stochastic and table.dtype == torch.bfloat16:
+            generator = self._generator(parameter, int(state["step"]))
+        (beta1, beta2), before = group["betas"], state["step"] - 1
+        slots, rows = gradient.rows()
+        n_rows = max(AT_ONCE.get(table.device.type, AT_ONCE_ELSEWHERE) // table.shape[1], 1)
+        for read, grad in zip(slots.split(n_rows), rows.split(n_rows), strict=True):
+            m, v, weight = (tensor.index_select(0, read).to(dtype) for tensor in (mean, square, table))
+            # The dense update of a small table; it counts a step of its own.
+            adamw(
+                [weight],
+                [grad.to(dtype)],
+                [m],
+                [v],
+                [],
+                [before.clone()],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            updated = (m, v, weight)
+            if generator is not None:
+                updated = _round_at_random(updated, generator)
+            for tensor, new in zip((mean, square, table), updated, strict=True):
+                tensor.index_copy_(0, read, new.to(tensor.dtype))
+
+    def _generator(self, parameter: nn.Parameter, step: int) -> torch.Generator:
+        key = (self.seed, step, self._numbers[parameter], _first_column(parameter))
+        state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+        return torch.Generator(local_part(parameter).device).manual_seed(int(state[0]))
+
+
+def _first_column(parameter: nn.Parameter) -> int:
+    """Where in the whole table this rank's columns begin."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    # How torch's distributed checkpoints ask a tensor for its place.
+    return parameter.__create_chunk_list__()[0].offsets[1]
+
+
+def _round_at_random(tensors: tuple[torch.Tensor, ...], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """To bf16, up with a chance that is the distance to the lower neighbour (by magnitude) in units of the last digit.
+
+    A bf16 number is the upper half of an fp32 one: random bits added to the lower half carry over with that chance.
+    """
+    count = tensors[0].numel()
+    # Drawn as 64-bit numbers, since a call for each number is what takes the time. One draw serves all tensors, shifted
+    # by an element, so that what belongs together is rounded independently.
+    drawn = torch.empty((count + len(tensors)) // 4 + 1, dtype=torch.int64, device=tensors[0].device)
+    bits = drawn.random_(-(2**63), None, generator=generator).view(torch.int16).int().bitwise_and_(0xFFFF)
+    rounded = []
+    for shift, tensor in enumerate(tensors):
+        raised = tensor.view(torch.int32) + bits[shift : shift + count].view(tensor.shape)
+        # The remaining lower half is cut off; what is not finite stays as it is.
+        raised = torch.where(tensor.isfinite(), raised.bitwise_and_(-0x10000), tensor.view(torch.int32))
+        rounded.append(raised.view(torch.float32).to(torch.bfloat16))
+    return tuple(rounded)
