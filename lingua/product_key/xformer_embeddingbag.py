@@ -24,7 +24,10 @@ from collections import deque
 import torch
 import torch.nn.functional as F
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+# torch says once in a process that its sparse matrices are in beta: here, where nobody hears it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.zeros(1, 1).to_sparse_csr()
 
 # Elements of the table that are gathered at once, 64 MiB in fp32; the gradient of the rows read comes on top of that.
 CHUNK_ELEMENTS = 2**24
