@@ -191,7 +191,6 @@ def flatten_sweep(values: Mapping[str, Any], prefix: str = "") -> dict[str, list
 def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
     """The folder of it all, absolute, and the runs: one, in that folder, or those of a sweep, in folders under it."""
     config = read_config(args.config)
-    # As the first string, so that an interpolation in it is resolved here, where stool needs it.
     folder = OmegaConf.select(config, "dump_dir")
     if not folder or not isinstance(folder, str):
         raise ValueError("dump_dir: not set in the config; name the folder for checkpoints and logs, dump_dir=...")
@@ -251,7 +250,19 @@ def _directive(option: str, value: object) -> str:
     return f'#SBATCH --{option}="{text}"'
 
 
-def header(args: StoolArgs, name: str, n_runs: int = 1) -> list[str]:
+def time_limit(args: StoolArgs) -> int | str | None:
+    """Minutes of the job, or UNLIMITED; None where nobody knows. Raises ValueError for more than the partition has."""
+    if args.launcher != "sbatch" or shutil.which("sinfo") is None:
+        return None if args.time == -1 else args.time
+    longest = partition_minutes(args.partition)
+    if args.time > longest:
+        raise ValueError(f"time: {args.time} minutes are more than the {longest:g} of partition '{args.partition}'")
+    if args.time != -1:
+        return args.time
+    return "UNLIMITED" if longest == math.inf else int(longest)
+
+
+def header(args: StoolArgs, name: str, limit: int | str | None, n_runs: int = 1) -> list[str]:
     """The lines for sbatch. Output goes to files that the script itself opens, whatever signs dump_dir has: sbatch
     reads a percent sign or a backslash there as its own.
     """
@@ -269,14 +280,8 @@ def header(args: StoolArgs, name: str, n_runs: int = 1) -> list[str]:
     ]
     if args.ngpu:
         options.append(("gres", f"gpu:{args.ngpu}"))
-    longest = math.inf
-    if args.launcher == "sbatch" and shutil.which("sinfo"):
-        longest = partition_minutes(args.partition)
-        if args.time > longest:
-            raise ValueError(f"time: {args.time} minutes are more than the {longest:g} of partition '{args.partition}'")
-        options.append(("time", args.time if args.time != -1 else "UNLIMITED" if longest == math.inf else int(longest)))
-    elif args.time != -1:
-        options.append(("time", args.time))
+    if limit is not None:
+        options.append(("time", limit))
     options += [(name, value) for name in _OPTIONAL if (value := getattr(args, name))]
     if n_runs > 1:
         options.append(("array", f"0-{n_runs - 1}"))
@@ -333,8 +338,10 @@ def check_copy(code: Path, prefix: Path) -> None:
         raise ValueError(f"copy_code: needs Python 3.11 or newer, not that of '{prefix}'; set copy_code=false")
 
 
-def job_script(args: StoolArgs, run: Run, code: Path | None, answers_usr2: bool) -> str:
-    """A job of one run. `code`: the copy that it runs, if any; `answers_usr2`: whether the script has a StopSignal."""
+def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | None, answers_usr2: bool) -> str:
+    """A job of one run. `limit`: its `time_limit`; `code`: the copy that it runs, if any; `answers_usr2`: whether the
+    script has a StopSignal.
+    """
     tasks = max(args.ngpu, 1)
     prefix = find_environment(args.anaconda)
     # A system's own Python may go by the name of python3 alone.
@@ -352,7 +359,7 @@ def job_script(args: StoolArgs, run: Run, code: Path | None, answers_usr2: bool)
     # One thread a rank, as torchrun has it, where ranks share a node.
     threads = 1 if args.ngpu else args.ncpu
     lines = [
-        *header(args, run.name),
+        *header(args, run.name, limit),
         "",
         "# Written by lingua.stool. Start it again with sbatch: it goes on from the newest checkpoint.",
         f"dump_dir={shlex.quote(str(run.dump_dir))}",
@@ -387,11 +394,11 @@ def job_script(args: StoolArgs, run: Run, code: Path | None, answers_usr2: bool)
     return "\n".join(lines) + "\n"
 
 
-def array_script(args: StoolArgs, root: Path, runs: list[Run]) -> str:
+def array_script(args: StoolArgs, root: Path, runs: list[Run], limit: int | str | None) -> str:
     """A job array of a sweep: each task is the script of one run, which can be started alone, too."""
     folders = " ".join(shlex.quote(run.dump_dir.name) for run in runs)
     lines = [
-        *header(args, str(runs[0].config.get("name")).removesuffix("_0"), len(runs)),
+        *header(args, runs[0].name.removesuffix("_0"), limit, len(runs)),
         "",
         "# Written by lingua.stool: a task a run. Each run's own submit.slurm starts it alone.",
         f"runs=({folders})",
@@ -617,12 +624,12 @@ def job_environment(args: StoolArgs) -> dict[str, str]:
     """This process's variables, less those of the job or launcher that it runs in itself, and those by which sbatch
     would be told something else than by the script.
     """
-    told = {variable for option, variable in _OF_SBATCH.items() if option not in _OPTIONAL or getattr(args, option)}
+    told = {f"SBATCH_{name}" for option, name in _OF_SBATCH.items() if option not in _OPTIONAL or getattr(args, option)}
     scratch = scratch_variables()
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not _OF_A_LAUNCHER.match(name) and name.removeprefix("SBATCH_") not in told and scratch.get(name) != value
+        if not _OF_A_LAUNCHER.match(name) and name not in told and scratch.get(name) != value
     }
     if "SLURM_CONF" in os.environ:
         kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
@@ -653,9 +660,10 @@ def launch_job(args: StoolArgs) -> str | None:
     code = root / CODE_FOLDER if args.copy_code and code_roots(args.script) else None
     if code is not None:
         check_copy(code, find_environment(args.anaconda))
-    scripts = {run.dump_dir: job_script(args, run, code, known is not None) for run in runs}
+    limit = time_limit(args)
+    scripts = {run.dump_dir: job_script(args, run, limit, code, known is not None) for run in runs}
     if args.sweep:
-        scripts[root] = array_script(args, root, runs)
+        scripts[root] = array_script(args, root, runs, limit)
     command = ["bash" if args.launcher == "bash" else "sbatch", str(root / SCRIPT_FILE)]
     delete = check_folder(args, root, runs)
     if args.dryrun:
