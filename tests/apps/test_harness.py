@@ -494,7 +494,7 @@ def test_evaluation_in_jobs_of_their_own(world, tmp_path, monkeypatch):
     (job,) = submitted
     assert (job.script, job.nodes, job.ngpu, job.copy_code) == ("apps.main.eval", 3, 7, False)
     assert (job.partition, job.account, job.ncpu) == ("night", "", 16)
-    wanted = from_dict(EvalArgs, job.config, "job")
+    wanted = job.config
     wanted.generator.device = "cpu"
     wanted.dump_dir = str(tmp_path / "evals")
     wanted.metric_log_dir = str(tmp_path)
