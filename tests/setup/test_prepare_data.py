@@ -1,6 +1,7 @@
 """The data script: its command line, downloads from a hub on this machine, failures in one line, being stopped."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -177,7 +178,14 @@ def test_stopped_it_goes_on(tmp_path: Path, number: signal.Signals, code: int) -
         (tmp_path / f"{part}.jsonl").write_bytes(jsonl(str(part), 1000) * 240)
     command = [sys.executable, str(SCRIPT), "x", "0.3", "--files", "*.jsonl", "--workers", "2"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # As in a terminal, also where the tests run in the background of a shell, which then ignores SIGINT.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     work = tmp_path / "data" / "x_shuffled" / ".work"
     deadline = time.monotonic() + 60
