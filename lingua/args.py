@@ -260,6 +260,13 @@ def _check(kind: Any, value: Any, key: str, origin: str) -> None:
         raise ValueError(f"{key}: '{value}' where a single value is wanted{where}")
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file beside its place and renames it into it: it is whole or it is not there."""
+    beside = file.with_name(f"{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(file)
+
+
 def check_writable(key: str, folder: Path, needed: int) -> None:
     """Raises ValueError if `folder` cannot be made or written to, or has less than `needed` bytes free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

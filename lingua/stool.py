@@ -50,6 +50,7 @@ from lingua.args import (
     read_argument,
     read_yaml,
     to_yaml,
+    write_whole,
 )
 from lingua.distributed import run_main, validate_environment
 from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm, partition_minutes, scratch_variables, why_waiting
@@ -230,7 +231,7 @@ def validate_stool_args(args: StoolArgs) -> None:
     for name, what in (("nodes", "one node, or the allocation's"), ("time", "the partition's maximum")):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more, or -1 for {what}")
-    for name in ("mem", "constraint", "exclude", "account", "qos", "partition"):
+    for name in (*_OPTIONAL, "partition"):
         if re.search(r"[\x00-\x1f\x7f]", getattr(args, name)):
             raise ValueError(f"{name}: {getattr(args, name)!r} has a line break or another control character in it")
     if not args.partition:
@@ -580,12 +581,6 @@ def copy_code(script: str, destination: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_file(file: Path, text: str) -> None:
-    beside = file.with_name(f"{file.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(file)
-
-
 class _Undo:
     """Within its `with`, what was written is taken back where an error follows, unless `keep` is set; an old folder
     that was put aside comes back then, and is deleted otherwise.
@@ -683,9 +678,9 @@ def launch_job(args: StoolArgs) -> str | None:
             copy_code(args.script, code)
         for run in runs:
             run.dump_dir.mkdir(exist_ok=True)
-            write_file(run.dump_dir / CONFIG_FILE, OmegaConf.to_yaml(run.config))
+            write_whole(run.dump_dir / CONFIG_FILE, OmegaConf.to_yaml(run.config))
         for folder, script in scripts.items():
-            write_file(folder / SCRIPT_FILE, script)
+            write_whole(folder / SCRIPT_FILE, script)
         if args.launcher == "sbatch":
             undo.keep = True  # from here on SLURM may have the job, whatever happens to this process
             try:

@@ -41,7 +41,7 @@ from apps.main.validation import (
     validation_files,
 )
 from lingua import slurm
-from lingua.args import check_writable, parse_args, read_yaml, to_dict, to_yaml
+from lingua.args import check_writable, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
 from lingua.data import VALIDATION_FILES
 from lingua.distributed import find_world, from_first_rank, process_group, run_main, together
@@ -236,9 +236,7 @@ def _write(args: EvalArgs, found: dict[str, Any]) -> None:
 
 
 def _write_whole(file: Path, text: str) -> None:
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    beside.rename(file)
+    write_whole(file, text.rstrip("\n") + "\n")
 
 
 def metrics_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:

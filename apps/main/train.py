@@ -42,7 +42,7 @@ from apps.main.transformer import (
 )
 from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
-from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml
+from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
 from lingua.data import (
     DataArgs,
@@ -571,9 +571,7 @@ def open_logs(run: Run) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim(folder))  # of two runs that have found no folder, one makes it
         stack.callback(remove_log_file, add_log_file(folder / "train.log"))
-        beside = folder / "config.yaml.tmp"
-        beside.write_text(to_yaml(args), encoding="utf-8")
-        beside.rename(folder / "config.yaml")
+        write_whole(folder / "config.yaml", to_yaml(args))
         for name in ("metrics.jsonl", "metrics.eval.jsonl", "metrics.validation.jsonl"):
             dropped = drop_metrics_after(folder / name, run.step)
             if dropped:

@@ -114,21 +114,26 @@ def _sum_sorted(
 
 
 @triton.jit
+def _sum_rows(rows, factors, table, begin, end, dim, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of `factor * table[row]` over the numbers `begin` .. `end` - 1 of `rows` and `factors`."""
+    inside = columns < dim
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for first in range(begin, end, ROWS):
+        for i in tl.static_range(ROWS):
+            there = first + i < end
+            row = tl.load(rows + first + i, mask=there, other=0).to(tl.int64)
+            factor = tl.load(factors + first + i, mask=there, other=0).to(tl.float32)
+            values = tl.load(table + row * dim + columns, mask=inside & there, other=0)
+            total += factor * values.to(tl.float32)
+    return total
+
+
+@triton.jit
 def _sums(out, slots, factors, table, bag, dim, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < dim
-    slots += token * bag
-    factors += token * bag
-    total = tl.zeros([COLUMNS], dtype=tl.float32)
-    for first in range(0, bag, ROWS):
-        for i in tl.static_range(ROWS):
-            there = first + i < bag
-            slot = tl.load(slots + first + i, mask=there, other=0).to(tl.int64)
-            factor = tl.load(factors + first + i, mask=there, other=0).to(tl.float32)
-            row = tl.load(table + slot * dim + columns, mask=inside & there, other=0)
-            total += factor * row.to(tl.float32)
-    tl.store(out + token * dim + columns, total.to(out.dtype.element_ty), mask=inside)
+    total = _sum_rows(slots + token * bag, factors + token * bag, table, 0, bag, dim, columns, ROWS, COLUMNS)
+    tl.store(out + token * dim + columns, total.to(out.dtype.element_ty), mask=columns < dim)
 
 
 @triton.jit
@@ -154,21 +159,6 @@ def _products(out, slots, vectors, table, bag, dim, COLUMNS: tl.constexpr, ROWS:
 
 
 @triton.jit
-def _sum_places(tokens, factors, vectors, begin, end, dim, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum of `factor * vector` over sorted places `begin` .. `end` - 1."""
-    inside = columns < dim
-    total = tl.zeros([COLUMNS], dtype=tl.float32)
-    for first in range(begin, end, ROWS):
-        for i in tl.static_range(ROWS):
-            there = first + i < end
-            token = tl.load(tokens + first + i, mask=there, other=0).to(tl.int64)
-            factor = tl.load(factors + first + i, mask=there, other=0).to(tl.float32)
-            vector = tl.load(vectors + token * dim + columns, mask=inside & there, other=0)
-            total += factor * vector.to(tl.float32)
-    return total
-
-
-@triton.jit
 def _sum_pieces(
     pieces, slots, ends, tokens, factors, vectors, n_places, dim,
     LONG: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -180,12 +170,12 @@ def _sum_pieces(
     slot = tl.load(slots + first).to(tl.int64)
     begin, end = tl.load(ends + slot), tl.load(ends + slot + 1)
     if end - begin > LONG:
-        total = _sum_places(tokens, factors, vectors, first, tl.minimum(end, last + 1), dim, columns, ROWS, COLUMNS)
+        total = _sum_rows(tokens, factors, vectors, first, tl.minimum(end, last + 1), dim, columns, ROWS, COLUMNS)
         tl.store(pieces + piece * 2 * dim + columns, total, mask=columns < dim)
     other = tl.load(slots + last).to(tl.int64)
     begin, end = tl.load(ends + other), tl.load(ends + other + 1)
     if (other != slot) & (end - begin > LONG):
-        total = _sum_places(tokens, factors, vectors, begin, last + 1, dim, columns, ROWS, COLUMNS)
+        total = _sum_rows(tokens, factors, vectors, begin, last + 1, dim, columns, ROWS, COLUMNS)
         tl.store(pieces + (piece * 2 + 1) * dim + columns, total, mask=columns < dim)
 
 
@@ -203,7 +193,7 @@ def _sum_slots(
             begin = end
             end = tl.load(ends + slot + 1)
             if end - begin <= LONG:
-                total = _sum_places(tokens, factors, vectors, begin, end, dim, columns, ROWS, COLUMNS)
+                total = _sum_rows(tokens, factors, vectors, begin, end, dim, columns, ROWS, COLUMNS)
             else:
                 total = tl.zeros([COLUMNS], dtype=tl.float32)
                 for piece in range(begin // LONG, (end - 1) // LONG + 1):
