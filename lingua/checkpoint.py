@@ -12,10 +12,12 @@ It is written beside its place, flushed to the disk, and renamed into it. No fil
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import warnings
@@ -564,12 +566,21 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _refuse_far_memo_places(content: bytes) -> None:
+    """A pickle may name the place in the memo where an object is kept, and the unpickler makes that many places: one
+    flipped bit in such a number asks for 30 GB, which are written before anything is found to be wrong."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument >= len(content):
+            raise pickle.UnpicklingError(f"place {argument} of the memo")
+
+
 def read_metadata(folder: Path) -> Metadata:
     """The table of contents of a distributed checkpoint. Raises ValueError for anything else, without running it."""
     file = folder / ".metadata"
     try:
-        with open(file, "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        content = file.read_bytes()
+        _refuse_far_memo_places(content)
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from lingua.checkpoint import (
     load_model,
     load_training,
     read_consolidated,
+    read_metadata,
     read_train_state,
 )
 from lingua.optim import OptimArgs, build_optimizer
@@ -311,6 +313,33 @@ def test_any_damage_of_the_table_of_contents_is_survived(tmp_path):
         place, bit = (int(torch.randint(bound, (1,), generator=generator)) for bound in (len(content), 8))
         file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
         assert small.manager.latest().name in ("0000000001", "0000000002")
+
+
+def test_any_flipped_bit_of_the_table_of_contents_is_refused_or_harmless(tmp_path):
+    """Each bit in turn: nothing but a ValueError, and no memory to speak of."""
+    file = Small(tmp_path).save(1) / ".metadata"
+    content = file.read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    n_refused = 0
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        try:
+            read_metadata(file.parent)
+        except ValueError as error:
+            n_refused += 1
+            assert str(error).startswith(f"{file} is damaged (")  # noqa: PT017
+    assert n_refused > 0.5 * 8 * len(content)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+@pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\x7f", b"p2147483647\n"], ids=["LONG_BINPUT", "PUT"])
+def test_a_table_of_contents_that_asks_for_much_memory_is_refused(tmp_path, opcode):
+    """The unpickler would write 32 GiB of empty places first."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04N" + opcode + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"\.metadata is damaged \(place 2147483647 of the memo\)"):
+        read_metadata(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 # --- the training state -------------------------------------------------------------------------------------------
