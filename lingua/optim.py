@@ -146,10 +146,10 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def row_gradients(model: nn.Module) -> dict[nn.Parameter, RowGradients]:
-    """Those of the value tables whose gradients are noted by rows."""
+    """Those of the value tables whose gradients stay by rows."""
     memories = [module for module in model.modules() if isinstance(module, HashingMemory)]
-    tables = {table: None for memory in memories for table in memory.tables if table.row_gradients is not None}
-    return {table.weight: table.row_gradients for table in tables}
+    by_rows = {table.weight: table.row_gradients for memory in memories for table in memory.tables}
+    return {weight: rows for weight, rows in by_rows.items() if rows is not None and not rows.whole}
 
 
 def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int = 0) -> tuple[AdamW, LambdaLR]:

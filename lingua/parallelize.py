@@ -310,7 +310,8 @@ class GradientReducer:
         self.model = model
         self.scale = 1 / data_ranks
         memories = model.memories().values()
-        self.tables = [] if by_rows or meshes.every_data is None else [t for m in memories for t in m.own_tables]
+        self.tables = [] if by_rows else [table for memory in memories for table in memory.own_tables]
+        self.table_group = None
         if meshes.memory is not None:
             self.table_group = meshes.memory["memory_replicate"].get_group()
         elif meshes.every_data is not None:
@@ -324,16 +325,23 @@ class GradientReducer:
 
     def begin(self, last: bool) -> None:
         """Replicas are averaged in the last backward pass only. Shards are summed in each, so gradients stay small."""
+        for table in self.tables:
+            if table.row_gradients is None:  # not by rows to the end: dense updates
+                table.note_rows(whole=True)
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)
 
     @torch.no_grad()
     def finish(self) -> None:
         for table in self.tables:
-            if table.row_gradients is not None:
-                _sum_rows(table.row_gradients, self.table_group, self.scale)
-            else:
+            if table.row_gradients.whole:
+                table.row_gradients.make_whole()
+            if self.table_group is None:
+                continue
+            if table.row_gradients.whole:
                 _sum_in_fp32(local_part(table.weight.grad), self.table_group, self.scale)
+            else:
+                _sum_rows(table.row_gradients, self.table_group, self.scale)
         if self.tp_group is None:
             return
         for memory in self.seen_in_part:

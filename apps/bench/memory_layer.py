@@ -11,6 +11,7 @@ fp64, on some of the tokens or slots. `at most`: memory beside what was there be
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -24,6 +25,7 @@ from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.distributed import DTYPES, run_main
 from lingua.product_key.memory import HashingMemory
+from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 
 CHECKED = 64  # tokens or slots whose results are compared with fp64
@@ -165,19 +167,44 @@ def bench_lookup(bench: Bench, slots: torch.Tensor, table: torch.Tensor, grad: t
         moved,
         errors,
     )
-    if not table.is_cuda:
-
-        def sparse(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return F.embedding_bag(slots, table, per_sample_weights=weights, mode="sum", sparse=True)
-
-        bench.compare(
-            "the same, PyTorch's sparse",
-            with_gradients(ours, leaves, grad),
-            with_gradients(sparse, leaves, grad),
-            moved,
-        )
+    bench_by_rows(bench, slots, leaves, their_leaves, grad)
     table.grad = None
     table.requires_grad_(False)
+
+
+def bench_by_rows(
+    bench: Bench, slots: torch.Tensor, leaves: list[torch.Tensor], their_leaves: list[torch.Tensor], grad: torch.Tensor
+) -> None:
+    """What `optim.value_update: sparse` does, beside F.embedding_bag's `sparse=True`: backward to what an optimizer
+    takes, which sums the rows up in its step; then that too.
+    """
+    table = leaves[0]
+    gradient = RowGradients(table)
+
+    def ours(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gradient.clear()
+        return xformers_embedding_bag(slots, table, weights, ticket=gradient.ticket)
+
+    def theirs(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(slots, table, per_sample_weights=weights, mode="sum", sparse=True)
+
+    ours_backward, theirs_backward = (
+        with_gradients(lookup, inputs, grad) for lookup, inputs in ((ours, leaves), (theirs, their_leaves))
+    )
+
+    def ours_summed() -> None:
+        ours_backward()
+        gradient.rows()
+
+    def theirs_summed() -> None:
+        theirs_backward()
+        table.grad.coalesce()
+
+    # Rows for the result, rows for the weights' gradient.
+    read = 2 * slots.numel() * table.shape[1] * table.element_size()
+    bench.compare("lookup, backward by rows", ours_backward, theirs_backward, read)
+    rows = len(slots.unique()) * table.shape[1] * 4
+    bench.compare("the same, rows summed", ours_summed, theirs_summed, read + read // 2 + rows)
 
 
 def bench_peer(bench: Bench, slots: torch.Tensor, table: torch.Tensor, x: torch.Tensor) -> None:
@@ -203,6 +230,17 @@ def bench_peer(bench: Bench, slots: torch.Tensor, table: torch.Tensor, x: torch.
     moved = 6 * read + 2 * table.nbytes
     bench.compare("PEER, backward too", with_gradients(ours, leaves, grad), with_gradients(theirs, leaves, grad), moved)
     table.grad = None
+    gradient = RowGradients(table)
+
+    def by_rows(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        gradient.clear()
+        hidden = F.gelu(slot_products(slots, table, x, gradient.ticket))
+        return xformers_embedding_bag(slots, table, weights * hidden, ticket=gradient.ticket)
+
+    bench.compare(
+        "PEER, backward by rows", with_gradients(by_rows, leaves, grad), with_gradients(theirs, leaves, grad), 4 * read
+    )
+    table.grad = None
     table.requires_grad_(False)
 
 
@@ -218,6 +256,24 @@ def plain_search(memory: HashingMemory, query: torch.Tensor) -> tuple[torch.Tens
     slots = (index1[..., :, None] * memory.n_keys + index2[..., None, :]).flatten(-2)
     scores, best = pairs.topk(knn)
     return scores, slots.gather(-1, best)
+
+
+def plain_lookup(memory: HashingMemory, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """By F.embedding_bag, which on CUDA has no gradient of half-precision weights: it does without. PEER as einsums."""
+    weight = memory.tables[-1].weight
+    weights = weights.to(weight.dtype)
+    if memory.peer_variant:
+        hidden = F.gelu(torch.einsum("nkd,nd->nk", memory.tables[0].weight[slots], x.to(weight.dtype)))
+        return torch.einsum("nkd,nk->nd", weight[slots], weights * hidden)
+    if weight.is_cuda and weight.dtype != torch.float32:
+        weights = weights.detach()
+    return F.embedding_bag(slots, weight, per_sample_weights=weights, mode="sum")
+
+
+def use_plain_operators(memory: HashingMemory) -> None:
+    """From now on it searches and looks up by PyTorch's own operators."""
+    memory.get_indices = lambda query, knn: plain_search(memory, query)
+    memory.lookup = functools.partial(plain_lookup, memory)
 
 
 def bench_search(bench: Bench, memory: HashingMemory, n_tokens: int, dtype: torch.dtype) -> None:
@@ -261,15 +317,11 @@ def bench_layer(bench: Bench, memory: HashingMemory, x: torch.Tensor, dtype: tor
     ours = run(memory)
 
     def theirs(inputs: torch.Tensor) -> torch.Tensor:
-        memory.get_indices = lambda query, knn: plain_search(memory, query)
-        table = memory.tables[0]
-        table.forward = lambda slots, weights: F.embedding_bag(
-            slots, table.weight, per_sample_weights=weights.detach().to(table.weight.dtype), mode="sum"
-        )
+        use_plain_operators(memory)
         try:
             return run(memory)(inputs)
         finally:
-            del memory.get_indices, table.forward
+            del memory.get_indices, memory.lookup
 
     def fresh(step: Step) -> Step:
         def whole() -> None:

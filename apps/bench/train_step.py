@@ -1,9 +1,10 @@
-"""Training steps of a config's memory model beside the same model with feed-forwards in place of its memories.
+"""Training steps of a config's memory model beside the same model with feed-forwards in place of its memories, and, on
+one rank, beside the one whose memories search and look up by PyTorch's own operators.
 
     python -m apps.bench.train_step config=apps/main/configs/debug.yaml [rounds=10] [out=result.json]
     torchrun --nproc-per-node 8 -m apps.bench.train_step config=... distributed.memory_parallel_size=8
 
-Both train on random tokens, in turns, so that whatever else the machine does falls on both alike, laid out over ranks
+All train on random tokens, in turns, so that whatever else the machine does falls on them alike, laid out over ranks
 and compiled as the config says. Figures are those of one rank; `in a step` is what a GPU holds at most beside
 parameters and optimizer state.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from apps.bench.memory_layer import use_plain_operators
 from apps.bench.report import report
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_flops_per_token, count_parameters
@@ -37,10 +39,13 @@ class BenchArgs(TrainArgs):
     out: str | None = None
 
 
-def build_step(args: TrainArgs, world: World) -> tuple[dict[str, int], Callable[[], None]]:
-    """What counts of a model, and a function that trains it one step."""
+def build_step(args: TrainArgs, world: World, plain: bool = False) -> tuple[dict[str, int], Callable[[], None]]:
+    """What counts of a model, and a function that trains it one step; by PyTorch's own operators, if `plain`."""
     device = world.device
     model = build_model(args)
+    if plain:
+        for memory in model.memories().values():
+            use_plain_operators(memory)
     dense, memory = count_parameters(model)
     counts = {"dense": dense, "memory": memory, "flops": count_flops_per_token(model, args.data.seq_len)}
     reducer = parallelize(model, args.distributed, world)
@@ -69,6 +74,10 @@ def measure(args: BenchArgs, world: World) -> list[dict[str, object]]:
     dense_args = copy.deepcopy(args)
     dense_args.model.productkey_args.is_enabled = False
     contestants = {"memory": build_step(args, world), "dense": build_step(dense_args, world)}
+    if world.size == 1:
+        plain_args = copy.deepcopy(args)
+        plain_args.optim.value_update, plain_args.optim.value_rounding = "dense", "nearest"
+        contestants["memory, plain operators"] = build_step(plain_args, world, plain=True)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     held: dict[str, int] = {}
     on_gpu = world.device.type == "cuda"

@@ -37,10 +37,12 @@ class xFormerEmbeddingBag(nn.Module):
     def reset_parameters(self) -> None:
         normal(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def note_rows(self) -> RowGradients:
-        """From now on the table's gradient is noted by rows, and `weight.grad` stays None."""
-        if self.row_gradients is None:
-            self.row_gradients = RowGradients(self.weight)
+    def note_rows(self, whole: bool = False) -> RowGradients:
+        """From now on the table's gradient is noted by rows, and `weight.grad` stays None; until `make_whole`, with
+        `whole`.
+        """
+        if self.row_gradients is None or self.row_gradients.whole != whole:
+            self.row_gradients = RowGradients(self.weight, whole)
         return self.row_gradients
 
     @property

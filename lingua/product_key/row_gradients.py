@@ -1,8 +1,9 @@
-"""The gradient of a value table without the table: only the rows that were read.
+"""The gradient of a value table without the table: only the rows that were read, or made whole once a step.
 
-Autograd would make it as large as the table. A lookup that is given a *ticket* notes in its backward pass what the
-gradient is made of, slots, factors and vectors, which is far less than even the rows that were read; when all backward
-passes of a step are done, the rows are summed from it at once, whichever layers and batches read them.
+Autograd would make it as large as the table for every layer that reads it, and add those up. A lookup that is given a
+*ticket* notes in its backward pass what the gradient is made of, slots, factors and vectors, which is far less than
+even the rows that were read; when all backward passes of a step are done, it is summed up at once, whichever layers and
+batches read the table.
 
 The ticket is a number on the CPU that autograd takes for an input of the lookup. Its gradient is worth nothing, but has
 to be computed, and computing it is the note: so it happens once in each backward pass, also where activations are
@@ -17,9 +18,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lingua.distributed import local_part
-from lingua.product_key.xformer_embeddingbag import row_sums
+from lingua.product_key.xformer_embeddingbag import row_sums, table_gradient
 
 _numbers = itertools.count(1)
 _by_number: WeakValueDictionary[int, RowGradients] = WeakValueDictionary()
@@ -29,18 +31,22 @@ class RowGradients:
     """What the rows of one table, `weight`, have as their gradient since the last `clear`.
 
     Of a table that is split by columns over ranks: this rank's columns.
+
+    Args:
+        whole: they are to be a gradient like any other in the end, by `make_whole`.
     """
 
-    def __init__(self, weight: torch.nn.Parameter):
-        self.weight = weight
+    def __init__(self, weight: torch.nn.Parameter, whole: bool = False):
+        self.weight, self.whole = weight, whole
         number = next(_numbers)
         _by_number[number] = self
-        self.ticket = torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
+        # In a list: the compiler takes a scalar for a number of the program's, and starts anew to make it a constant.
+        self.ticket = torch.tensor([float(number)], dtype=torch.float64, device="cpu", requires_grad=True)
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowGradients:
         """A copied table's own: with a number, and without notes."""
-        return RowGradients(copy.deepcopy(self.weight, memo))
+        return RowGradients(copy.deepcopy(self.weight, memo), self.whole)
 
     def clear(self) -> None:
         """Forgets all rows, as `zero_grad` does."""
@@ -51,14 +57,14 @@ class RowGradients:
     def note(self, indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor) -> None:
         """Adds `factors[n, k] * vectors[n]` to the row `indices[n, k]`, for all n, k.
 
-        Sums up to rows as soon as the notes of many batches take more memory than the table.
+        Sums up as soon as the notes of many batches take more memory than the table.
         """
         # Copies: what a compiled program hands in is its own memory, which it uses again.
         dtype = torch.int32 if len(self.weight) < 2**31 else torch.int64
         self._notes.append((indices.to(dtype, copy=True), factors.clone(), vectors.clone()))
         noted = sum(tensor.nbytes for note in self._notes for tensor in note)
         if noted > local_part(self.weight).nbytes:
-            self.rows()
+            self.make_whole() if self.whole else self.rows()
 
     @property
     def is_empty(self) -> bool:
@@ -81,6 +87,22 @@ class RowGradients:
             no_slots = torch.zeros(0, dtype=torch.int64, device=weight.device)
             return no_slots, weight.new_zeros((0, weight.shape[1]), dtype=dtype)
         return self._rows
+
+    @torch.no_grad()
+    def make_whole(self) -> None:
+        """Adds what was noted to `weight.grad`, as autograd would have done, but once for all that read the table."""
+        weight = self.weight
+        notes, self._notes = self._notes, []
+        for bag in {indices.shape[1] for indices, _, _ in notes}:
+            alike = [note for note in notes if note[0].shape[1] == bag]
+            grad = table_gradient(*map(torch.cat, zip(*alike, strict=True)), len(weight), weight.dtype)
+            if weight.grad is not None:
+                local_part(weight.grad).add_(grad)
+            elif isinstance(weight, DTensor):
+                layout = {"shape": weight.shape, "stride": weight.stride()}
+                weight.grad = DTensor.from_local(grad, weight.device_mesh, weight.placements, run_check=False, **layout)
+            else:
+                weight.grad = grad
 
     def replace(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Puts another gradient in its place, such as one that is summed over ranks."""

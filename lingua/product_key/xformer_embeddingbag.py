@@ -128,7 +128,7 @@ def bag_products(
         return lookup_kernels.products(indices, weight, vectors)
     is_wide = weight.dtype == vectors.dtype == _accumulator(weight.dtype)
     if weight.device.type == "cpu" and is_wide and indices.numel():
-        return _products_one_by_one(indices, weight, vectors)
+        return _products_in_place(indices, weight, vectors)
     return _gathered("nkd,nd->nk", indices, weight, vectors)
 
 
@@ -248,12 +248,23 @@ def _has_sparse_products(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and torch.backends.mkl.is_available() and dtype == _accumulator(dtype)
 
 
-def _products_one_by_one(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """By the operator that is the gradient of F.embedding_bag's weights: nothing is gathered."""
+def _products_in_place(indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Nothing is gathered: the products of `vectors` with all rows, at the places of a sparse matrix."""
     n, bag = indices.shape
+    vectors = vectors.contiguous()
+    if _has_sparse_products(weight.device, weight.dtype) and bag <= len(weight):
+        # PyTorch takes a slot twice in a row, but no more places than the whole matrix has.
+        dtype = torch.int32 if indices.numel() < 2**31 and len(weight) < 2**31 else torch.int64
+        starts = torch.arange(n + 1, dtype=dtype) * bag
+        slots = indices.flatten().to(dtype)
+        places = torch.sparse_csr_tensor(
+            starts, slots, weight.new_zeros(n * bag), (n, len(weight)), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(places, vectors, weight.t(), beta=0).values().view(n, bag)
+    # The gradient of F.embedding_bag's weights.
     bags = torch.arange(n, dtype=indices.dtype)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        vectors.contiguous(), weight, indices.flatten(), bags * bag, bags.repeat_interleave(bag), mode=0
+        vectors, weight, indices.flatten(), bags * bag, bags.repeat_interleave(bag), mode=0
     ).view(n, bag)
 
 
