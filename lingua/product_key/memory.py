@@ -157,7 +157,7 @@ class HashingMemory(nn.Module):
         weights_NHK = F.softmax(scores_NHK.float(), dim=-1)
         y = self.lookup(x_NC, slots_NHK.flatten(1), weights_NHK.flatten(1)).to(x.dtype)
         if self.swilu_projection is not None:
-            y = y * F.silu(self.swilu_projection(x_NC))
+            y = _Gate.apply(y, self.swilu_projection(x_NC))
         if self.value_proj is not None:
             y = self.value_proj(y)
         if self.gating is not None:
@@ -187,6 +187,22 @@ class HashingMemory(nn.Module):
             return self.tables[0](slots, weights)
         down, up = self.tables
         return up(slots, weights * F.gelu(down(slots, x_NC)))
+
+
+class _Gate(torch.autograd.Function):
+    """`y * silu(gate)`. Autograd by itself would keep silu(gate) too, which is cheap to compute again."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y, gate)
+        return y * F.silu(gate)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, gate = ctx.saved_tensors
+        grad_y = (grad * F.silu(gate)).to(y.dtype)
+        grad_silu = grad * y
+        return grad_y, torch.ops.aten.silu_backward(grad_silu, gate.to(grad_silu.dtype)).to(gate.dtype)
 
 
 def _check_sizes(
