@@ -27,6 +27,11 @@ SUMS = {"COLUMNS": 256, "ROWS": 8, "num_warps": 1}
 PRODUCTS = {"COLUMNS": 1024, "ROWS": 2, "num_warps": 4}
 GRADIENT = {"COLUMNS": 512, "ROWS": 2, "num_warps": 1}
 
+# Bytes of the tokens' vectors that stay in a GPU's cache. Programs of the same columns run at the same time, so with
+# many tokens, such as those of several layers, a program has fewer columns, and more slots instead.
+CACHED = 40 * 2**20
+LEAST_COLUMNS = 128
+
 
 def _fit(options: dict[str, int], dim: int) -> dict[str, int]:
     """No more columns than there are."""
@@ -101,13 +106,16 @@ def _sum_sorted(
     n_slots, dim = out.shape
     vectors = vectors.contiguous()
     options = _fit(GRADIENT, dim)
+    most, bytes_of_column = options["COLUMNS"], len(vectors) * vectors.element_size()
+    while options["COLUMNS"] > LEAST_COLUMNS and bytes_of_column * options["COLUMNS"] > CACHED:
+        options["COLUMNS"] //= 2
     n_columns, n_pieces = triton.cdiv(dim, options["COLUMNS"]), triton.cdiv(len(slots), LONG)
     # A piece may have the end of one long slot and the start of another.
     pieces = torch.empty(n_pieces, 2, dim, dtype=torch.float32, device=vectors.device)
     places_of = (ends, tokens, factors, vectors)
     _sum_pieces[(n_pieces, n_columns)](pieces, slots, *places_of, len(slots), dim, LONG=LONG, **options)
     # Where few slots are read at all, programs would be started for hardly more than zeros each.
-    several = 4 if len(slots) < n_slots else 1
+    several = 4 if len(slots) < n_slots else most // options["COLUMNS"]
     grid = (triton.cdiv(n_slots, several), n_columns)
     _sum_slots[grid](out, pieces, *places_of, n_slots, dim, SLOTS=several, LONG=LONG, **options)
     return out

@@ -88,6 +88,16 @@ if INTERPRETED:
         for seed in range(6):
             check(*draw(40, 5, n_slots, 6, torch.float32, seed=seed))
 
+    @on_the_interpreter
+    @pytest.mark.parametrize("dim", [129, 600])
+    @pytest.mark.parametrize("n_slots", [3, 60])
+    def test_narrow_programs(monkeypatch, dim, n_slots):
+        """As with more vectors than a cache holds: each number of the gradient is summed in the same order."""
+        indices, _, factors, vectors = draw(30, 5, n_slots, dim, torch.float32)
+        expected = lookup_kernels.gradient(indices, factors, vectors, n_slots, torch.float32)
+        monkeypatch.setattr(lookup_kernels, "CACHED", 1)
+        assert lookup_kernels.gradient(indices, factors, vectors, n_slots, torch.float32).equal(expected)
+
     @given(
         lookups=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), min_size=1, max_size=3),
         n_slots=st.sampled_from([1, 2, 3, 20, 1000]),
