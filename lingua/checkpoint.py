@@ -4,6 +4,7 @@
         .metadata  __*_*.distcp        model and optimizer, in PyTorch's distributed format
         params.json                    the config
         train_state_00000.json         step and the loader's place, one file a data-parallel rank
+        checksums.json                 of the files above (checkpoint_integrity.py)
         consolidated/consolidated.pth  the model alone in one file, made by `consolidate_checkpoints`
 
 It is written beside its place, flushed to the disk, and renamed into it. No file of it is read by unrestricted pickle.
@@ -12,16 +13,17 @@ It is written beside its place, flushed to the disk, and renamed into it. No fil
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
-import os
 import pickle
 import pickletools
 import re
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,8 +34,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -44,8 +47,22 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lingua.args import first_line
+from lingua.checkpoint_integrity import (
+    CHECKSUMS_FILE,
+    Checksums,
+    Spans,
+    SummingWriter,
+    find_other_bytes,
+    find_other_size,
+    flush_folder,
+    is_summed,
+    read_checksums,
+    write_checksums,
+    write_json,
+    writing,
+)
 from lingua.data import redistribute_state
-from lingua.distributed import from_first_rank, is_of_a_lost_rank, local_part, together
+from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, local_part, together
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +70,9 @@ CONSOLIDATED_FOLDER = "consolidated"
 CONSOLIDATED_FILE = "consolidated.pth"
 CONFIG_FILE = "params.json"
 TRAIN_STATE_KEYS = ("step", "data_loader_state")
+
+# Seconds, before a save that has failed is tried again.
+PAUSES = (1, 3)
 
 _WHOLE = re.compile(r"\d{10}")
 _BEING_WRITTEN = re.compile(r"\.\d{10}\.(tmp|old)")
@@ -84,30 +104,52 @@ class CheckpointArgs:
 class CheckpointManager:
     """The checkpoints of one run. Its methods are called by all ranks together.
 
+    `saved`: the step of the newest checkpoint that it has written, or that the run has gone on from.
+
     Args:
-        timeout: seconds without an answer from another rank after which saving in the background fails.
         data_rank: the number under which this rank writes its training state, None where another rank writes the same.
+        timeout: seconds without an answer from another rank after which saving in the background fails.
+        run: the run's dump_dir. Of a `path` outside of it nothing is removed but what this run has written.
     """
 
-    def __init__(self, args: CheckpointArgs, path: Path, rank: int = 0, data_rank: int | None = 0, timeout: int = 600):
+    def __init__(
+        self,
+        args: CheckpointArgs,
+        path: Path,
+        rank: int = 0,
+        data_rank: int | None = 0,
+        timeout: int = 600,
+        run: Path | None = None,
+    ):
         self.args = args
-        self.path = path
+        self.path, self.run = path, run
         self.rank, self.data_rank = rank, data_rank
         self.timeout = timedelta(seconds=timeout)
+        self.saved = 0
+        self._damaged: set[int] = set()
+        self._left: set[int] = set()  # what retention could not remove, and has told of
         self._group: dist.ProcessGroup | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: Future[None] | None = None
 
     def is_due(self, step: int) -> bool:
         return self.args.dump.is_due(step) or self.args.eval.is_due(step)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint. One that is not whole is passed over with a warning."""
-        for folder in reversed(list_checkpoints(self.path)):
-            problem = find_damage(folder) or find_damaged_json(folder)
+        """The newest whole checkpoint, as the first rank sees the folder: others may see it later.
+
+        All files are read, by each rank a share. One that is not whole is passed over with a warning.
+        """
+        with together():
+            here = list_checkpoints(self.path) if self.rank == 0 else []
+        for folder in reversed(from_first_rank(here)):
+            problem = from_first_rank((find_damage(folder) or find_damaged_json(folder)) if self.rank == 0 else None)
+            problem = problem or find_other_bytes(folder)
             if problem is None:
                 return folder
-            logger.warning("passing over the checkpoint %s: %s", folder, problem)
+            self._damaged.add(int(folder.name))
+            if self.rank == 0:
+                logger.warning("passing over the checkpoint %s: %s", folder, problem)
         return None
 
     def save(
@@ -116,41 +158,84 @@ class CheckpointManager:
         """Writes the checkpoint of `step`, then removes those that retention gives up.
 
         With `save_async` it returns as soon as everything is copied to the CPU's memory, and `finish` waits for the
-        rest. Raises OSError (on all ranks) where it, or the one before it that was still being written, cannot be
-        written; nothing half-written stays then.
+        rest. What fails is tried again after each of PAUSES, but not where there is no room. Raises OSError, the same
+        on all ranks, where the checkpoint, or the one before it that was still being written, cannot be written;
+        nothing half-written stays then, older ones stay as they are, and training can go on.
         """
         self.finish()
-        final, beside = self._places(step)
-        with self._whole_or_not_at_all(step):
-            self._on_first_rank(lambda: self._make_room(beside))
-            # On its own: a rank that fails here must not leave the others in what all of them write together.
-            with together():
-                self._write_json_files(beside, train_state, config)
-            with together():
-                state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-                if self.args.save_async:
-                    self._pending = (step, self._write_later(step, state))
-                else:
-                    self._write(beside, state)
-            if not self.args.save_async:
-                self._on_first_rank(lambda: self._put_in_place(step))
-        if self.rank == 0 and not self.args.save_async:
-            self._retain(newest=step)
-        return final
+        state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        files = {} if self.data_rank is None else {f"train_state_{self.data_rank:05d}.json": train_state}
+        if self.rank == 0:
+            files[CONFIG_FILE] = config
+        if not self.args.save_async:
+            self._write(step, state, files)
+            return self._places(step)[0]
+        if dist.is_initialized() and self._group is None:
+            # Of its own: what ranks tell each other about files must not get between training's collectives.
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        state, files = BlockingAsyncStager().stage(state), copy.deepcopy(files)
+        self._pending = self._background.submit(self._write, step, state, files, self._group)
+        return self._places(step)[0]
 
     def finish(self) -> None:
         """Waits until the checkpoint that is being written in the background, if any, is in its place.
 
         Raises OSError as `save` does.
         """
-        if self._pending is None:
-            return
-        (step, written), self._pending = self._pending, None
-        with self._whole_or_not_at_all(step), together():
+        if self._pending is not None:
+            written, self._pending = self._pending, None
             written.result()
 
-    def _places(self, step: int) -> tuple[Path, Path]:
-        return self.path / f"{step:010d}", self.path / f".{step:010d}.tmp"
+    def _places(self, step: int) -> tuple[Path, Path, Path]:
+        """Where the checkpoint of a step lies, is being written, and is being removed."""
+        return self.path / f"{step:010d}", self.path / f".{step:010d}.tmp", self.path / f".{step:010d}.old"
+
+    def _write(
+        self, step: int, state: dict[str, Any], files: dict[str, dict[str, Any]], group: dist.ProcessGroup | None = None
+    ) -> None:
+        """All ranks together, through `group`."""
+        with self._whole_or_not_at_all(step):
+            with failing_alike(group):
+                if self.rank == 0:
+                    self._check_room(state)
+            for pause in (*PAUSES, None):
+                try:
+                    self._write_once(step, state, files, group)
+                    break
+                except OSError as error:
+                    if pause is None:
+                        raise
+                    if self.rank == 0:
+                        logger.warning("checkpoint of step %s: %s; trying again in %s s", step, error, pause)
+                    time.sleep(pause)
+        self.saved = step
+        self._damaged.discard(step)
+        if self.rank == 0:
+            logger.info("saved %s", self._places(step)[0])
+            try:
+                self._retain(newest=step)
+            except OSError as error:
+                logger.warning("old checkpoints could not be removed: %s", error)
+
+    def _write_once(
+        self, step: int, state: dict[str, Any], files: dict[str, dict[str, Any]], group: dist.ProcessGroup | None
+    ) -> None:
+        beside = self._places(step)[1]
+        sums: dict[str, Checksums] = {}
+        with failing_alike(group):
+            if self.rank == 0:
+                _remove(beside)
+                beside.mkdir(parents=True)
+        # On its own: a rank that fails here must not leave the others in what all of them write together.
+        with failing_alike(group):
+            for name, value in files.items():
+                write_json(beside / name, value, sums)
+        with failing_alike(group), _errors_of_writing(beside), _without_warnings():
+            writer = SummingWriter(beside, sums)
+            dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        with failing_alike(group):
+            if self.rank == 0:
+                self._put_in_place(step)
 
     @contextlib.contextmanager
     def _whole_or_not_at_all(self, step: int) -> Iterator[None]:
@@ -158,93 +243,78 @@ class CheckpointManager:
             yield
         except BaseException as error:
             if self.rank == 0:
-                shutil.rmtree(self._places(step)[1], ignore_errors=True)
-            if isinstance(error, (OSError, ValueError)):
+                with contextlib.suppress(OSError):
+                    _remove(self._places(step)[1])
+            if isinstance(error, OSError):
                 raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
             raise
+
+    def _check_room(self, state: dict[str, Any]) -> None:
+        """Raises OSError where the disk has less free than the tensors take: nothing is begun then."""
+        tensors = [value for value in _flatten(state).values() if isinstance(value, torch.Tensor)]
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        if free < needed:
+            raise OSError(
+                f"No space left on device: {needed / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free"
+            )
 
     def clean_up(self) -> None:
         """Removes what a killed run left half-written."""
         if self.rank == 0 and self.path.is_dir():
             for entry in self.path.iterdir():
-                if _BEING_WRITTEN.fullmatch(entry.name):
-                    shutil.rmtree(entry, ignore_errors=True)
-
-    def _make_room(self, beside: Path) -> None:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-
-    def _write_json_files(self, folder: Path, train_state: dict[str, Any], config: dict[str, Any]) -> None:
-        if self.data_rank is not None:
-            _write_json(folder / f"train_state_{self.data_rank:05d}.json", train_state)
-        if self.rank == 0:
-            _write_json(folder / CONFIG_FILE, config)
-
-    def _write(self, folder: Path, state: dict[str, Any]) -> None:
-        with _errors_of_writing(folder), _without_warnings():
-            dcp.save(state, storage_writer=FileSystemWriter(folder), no_dist=not dist.is_initialized())
-
-    def _write_later(self, step: int, state: dict[str, Any]) -> Future[None]:
-        """Copies the state, then writes and puts it in its place behind the training's back."""
-        if dist.is_initialized() and self._group is None:
-            # Of its own: what ranks tell each other about files must not get between training's collectives.
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
-        beside = self._places(step)[1]
-        with _errors_of_writing(beside), _without_warnings():
-            writing = dcp.async_save(
-                state,
-                storage_writer=FileSystemWriter(beside),
-                process_group=self._group,
-                no_dist=not dist.is_initialized(),
-            )
-
-        def complete() -> None:
-            with _errors_of_writing(beside):
-                writing.result()
-            # The first rank's part ends when all have written theirs.
-            if self.rank == 0:
-                self._put_in_place(step)
-                self._retain(newest=step)
-                logger.info("saved %s", self._places(step)[0])
-
-        return self._background.submit(complete)
+                if _BEING_WRITTEN.fullmatch(entry.name) and not self._is_foreign(entry):
+                    with contextlib.suppress(OSError):
+                        _remove(entry)
 
     def _put_in_place(self, step: int) -> None:
-        final, beside = self._places(step)
-        _flush_folder(beside)
+        final, beside, old = self._places(step)
+        flush_folder(beside)
         # A folder of this step that is there already was passed over as damaged, or is of the init checkpoint's run.
-        replaced = self.path / f".{final.name}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
-            final.rename(replaced)
+            self._move_away(step)
         beside.rename(final)
-        _flush_folder(self.path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        flush_folder(self.path)
+        with contextlib.suppress(OSError):
+            _remove(old)
 
     def _retain(self, newest: int) -> None:
         """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds.
 
-        One that cannot be removed is no reason to end a run: it stays, with a warning.
+        One that was found damaged counts for none. One that cannot be removed is no reason to end a run: it stays, with
+        a warning.
         """
         steps = [int(folder.name) for folder in list_checkpoints(self.path) if int(folder.name) <= newest]
         evals = [step for step in steps if self.args.eval.is_due(step)]
         dumps = [step for step in steps if self.args.dump.is_due(step) or step not in evals]
         kept = {newest}
         for kind, keep in ((dumps, self.args.dump.keep), (evals, self.args.eval.keep)):
-            kept.update(kind if keep <= 0 else kind[-keep:])
-        for step in set(steps) - kept:
-            # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
-            doomed = self.path / f".{step:010d}.old"
+            kept.update(kind if keep <= 0 else [step for step in kind if step not in self._damaged][-keep:])
+        for step in sorted(set(steps) - kept - self._left):
             try:
-                (self.path / f"{step:010d}").rename(doomed)
-                shutil.rmtree(doomed)
+                self._move_away(step)
+                _remove(self._places(step)[2])
             except OSError as error:
+                self._left.add(step)
                 logger.warning("the old checkpoint of step %s could not be removed: %s", step, error)
 
-    def _on_first_rank(self, action: Callable[[], None]) -> None:
-        with together():
-            if self.rank == 0:
-                action()
+    def _move_away(self, step: int) -> None:
+        """Renamed before it is removed, so that a kill in the middle leaves nothing that looks like a checkpoint."""
+        final, _, old = self._places(step)
+        if self._is_foreign(final):
+            raise OSError(f"{final} lies outside of dump_dir, and is not of this run; remove it yourself")
+        _remove(old)
+        final.rename(old)
+
+    def _is_foreign(self, folder: Path) -> bool:
+        """Whether it lies outside of dump_dir and is of another run, going by its config."""
+        if self.run is None or folder.parent.resolve().is_relative_to(self.run.resolve()):
+            return False
+        try:
+            return Path(read_json(folder / CONFIG_FILE, ("dump_dir",))["dump_dir"]).resolve() != self.run.resolve()
+        except (OSError, ValueError, TypeError):
+            return _BEING_WRITTEN.fullmatch(folder.name) is None or (folder / CONFIG_FILE).exists()
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -256,23 +326,34 @@ def list_checkpoints(path: Path) -> list[Path]:
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a distributed checkpoint's files, going by their names and sizes; None for a whole one."""
+    if not folder.is_dir():
+        return "no checkpoint is there"
     if not (folder / ".metadata").is_file():
         return "it has no .metadata"
     try:
-        storage = read_metadata(folder).storage_data
-    except ValueError as error:
+        sums = read_checksums(folder)
+        if sums is not None:
+            # With the table of contents' own bytes, before anything is concluded from it.
+            problem = find_other_size(folder, sums) or find_other_bytes(folder, {".metadata": None}, alone=True)
+            if problem is not None:
+                return problem
+        metadata = read_metadata(folder)
+        if sums is None and is_summed(metadata):
+            return f"the file {CHECKSUMS_FILE} is missing"
+        storage = metadata.storage_data
+        if not storage:
+            return "its .metadata names no files"
+        sizes: dict[str, int] = {}
+        for stored in storage.values():
+            sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
+        for name, size in sizes.items():
+            file = folder / name
+            if not file.is_file():
+                return f"the file {name} is missing"
+            if file.stat().st_size < size:
+                return f"the file {name} has {file.stat().st_size} bytes of {size}"
+    except (OSError, ValueError) as error:
         return str(error)
-    if not storage:
-        return "its .metadata names no files"
-    sizes: dict[str, int] = {}
-    for stored in storage.values():
-        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"the file {name} is missing"
-        if file.stat().st_size < size:
-            return f"the file {name} has {file.stat().st_size} bytes of {size}"
     return None
 
 
@@ -292,13 +373,71 @@ def find_damaged_json(folder: Path) -> str | None:
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def refuse_damaged(path: Path) -> None:
+    """Compares what `load_model` would read of `path` with its checksums, and the config too.
+
+    All ranks call it together. Raises ValueError that names the first file which is missing, cut short, or holds other
+    bytes than were written. A checkpoint without checksums passes where its files have the right names and sizes.
+    """
+    with together():
+        found = find_consolidated(path)
+    file = from_first_rank(found)
+    if file is None:
+        refuse_damaged_distributed(path, weights_only=True)
+        return
+    names = (file.name, CONFIG_FILE)
+    with together():
+        sums = read_checksums(file.parent) or {}
+        problem = find_other_size(file.parent, {name: sums[name] for name in names if name in sums})
+        _refuse(file.parent, problem)
+    _refuse_together(file.parent, find_other_bytes(file.parent, dict.fromkeys(names)))
+    if path.is_dir() and path != file.parent:
+        _refuse_together(path, find_other_bytes(path, {CONFIG_FILE: None}))
+
+
+def refuse_damaged_distributed(folder: Path, weights_only: bool = False) -> None:
+    """As `refuse_damaged`, with the optimizer's state and the places in the data, unless `weights_only`."""
+    with together():
+        _refuse(folder, find_damage(folder))
+        wanted = _spans_of_weights(folder) if weights_only else None
+    _refuse_together(folder, find_other_bytes(folder, wanted))
+
+
+def _refuse(folder: Path, problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(f"{folder}: not a whole checkpoint; {problem}")
+
+
+def _refuse_together(folder: Path, problem: str | None) -> None:
+    """Of what all ranks have found alike."""
+    if problem is not None:
+        with together():
+            _refuse(folder, problem)
+
+
+def _spans_of_weights(folder: Path) -> dict[str, Spans]:
+    """What to read of each file of a distributed checkpoint for the model alone."""
+    places = read_metadata(folder).storage_data
+    spans: dict[str, Spans] = dict.fromkeys(file.name for file in folder.iterdir() if file.is_file())
+    spans |= {stored.relative_path: [] for stored in places.values()}
+    for index, stored in places.items():
+        if index.fqn.startswith("model."):
+            spans[stored.relative_path].append((stored.offset, stored.offset + stored.length))
+    return spans
+
+
+def load_training(folder: Path, model: nn.Module, optimizer: Optimizer, compared: bool = False) -> None:
     """Takes model and optimizer state from a distributed checkpoint, in place. All ranks call it together.
 
     The options of the optimizer's groups (learning rates, weight decay, ...) stay those of the config.
     Raises ValueError for a damaged checkpoint or one of another shape, naming key and shapes; on one rank where it is
     wrong for that one alone, and the others leave (`together`).
+
+    Args:
+        compared: whether it was compared with its checksums a moment ago.
     """
+    if not compared:
+        refuse_damaged_distributed(folder)
     model_state = get_model_state_dict(model)
     optimizer_state = get_optimizer_state_dict(model, optimizer)
     _read_distributed(folder, {"model": model_state, "optim": {"state": optimizer_state["state"]}}, model)
@@ -306,7 +445,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     set_optimizer_state_dict(model, optimizer, optimizer_state)
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def load_model(path: Path, model: nn.Module, compared: bool = False) -> None:
     """Takes the weights alone from a distributed checkpoint, or a consolidated one (file, folder, or the folder above).
 
     All ranks call it together. Raises ValueError as `load_training`, and where there is no checkpoint.
@@ -315,6 +454,8 @@ def load_model(path: Path, model: nn.Module) -> None:
         found = find_consolidated(path)
         if found is None and not (path / ".metadata").is_file():
             raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
+    if not compared:
+        refuse_damaged(path)
     file = from_first_rank(found)
     if file is None:
         state = get_model_state_dict(model)
@@ -424,7 +565,9 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
     source, folder = Path(ckpt_dir), Path(ckpt_dir) / CONSOLIDATED_FOLDER
     if (folder / CONSOLIDATED_FILE).is_file():
         return folder
-    _refuse_damaged(source)
+    _refuse(source, find_damage(source))
+    _refuse(source, find_other_bytes(source, _spans_of_weights(source), alone=True))
+    config = read_json(source / CONFIG_FILE)
     stored = _stored_tensors(read_metadata(source))
     state = {
         key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -436,9 +579,8 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        torch.save({"model": state}, beside / CONSOLIDATED_FILE)
-        shutil.copyfile(source / CONFIG_FILE, beside / CONFIG_FILE)
-        _flush_folder(beside)
+        write_consolidated(beside, state, config)
+        flush_folder(beside)
         beside.rename(folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -446,10 +588,13 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
     return folder
 
 
-def _refuse_damaged(folder: Path) -> None:
-    problem = find_damage(folder)
-    if problem is not None:
-        raise ValueError(f"{folder}: not a whole distributed checkpoint; {problem}")
+def write_consolidated(folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """A model's state dict and config as a consolidated checkpoint, into a folder that is there."""
+    sums: dict[str, Checksums] = {}
+    with writing(folder / CONSOLIDATED_FILE, sums) as stream:
+        torch.save({"model": state}, stream)
+    write_json(folder / CONFIG_FILE, config, sums)
+    write_checksums(folder, sums)
 
 
 def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> None:
@@ -457,7 +602,6 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
     wanted = _flatten(state)
     # All that a rank can find wrong by itself comes before what ranks do for each other.
     with together():
-        _refuse_damaged(folder)
         found = _stored_tensors(read_metadata(folder))
         for key, tensor in wanted.items():
             if key in found and tensor.shape != found[key].size:
@@ -613,19 +757,12 @@ class _TensorsOnly(DefaultLoadPlanner):
 # --- small things ----------------------------------------------------------------------------------------------------
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(folder: Path) -> None:
+    """With all in it, where it is there; of a link, the link alone."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -634,9 +771,11 @@ def _errors_of_writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
+        if is_of_a_lost_rank(error):
+            raise
         # Some of torch's errors on a full disk do not say that it is full.
-        full = "No space left on device: " if shutil.disk_usage(folder).free < 2**20 else ""
-        raise OSError(full + _root_cause(error)) from None
+        full = folder.exists() and shutil.disk_usage(folder).free < 2**20
+        raise OSError("No space left on device: " * full + _root_cause(error)) from None
 
 
 @contextlib.contextmanager

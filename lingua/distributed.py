@@ -308,12 +308,12 @@ def from_first_rank(value: T) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of ranks, on all of them."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in the order of ranks, on all of them. `group`: of all ranks, too."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -337,6 +337,19 @@ def together() -> Iterator[None]:
         raise error
     if any(failed):
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def failing_alike(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """As `together`, for what a run can do without: all ranks raise OSError, with the first one's message."""
+    message = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+    for told in gather_objects(message, group):
+        if told is not None:
+            raise OSError(told)
 
 
 def set_group_timeout(groups: list[dist.ProcessGroup], seconds: int) -> None:
@@ -397,12 +410,20 @@ def _silent_stderr() -> Iterator[None]:
 
 def _leave(code: object) -> None:
     """Ends the process; at once where there is a process group, which could wait for the others on its way out."""
+    _flush_stdout()
     if dist.is_initialized():
         logging.shutdown()
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)
+
+
+def _flush_stdout() -> None:
+    """On a full disk, Python would try once more when it ends, with a traceback and an exit code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _launchers_rank() -> str:
@@ -419,6 +440,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():
             _leave(0)
+        _flush_stdout()
     except SystemExit as leaving:
         if dist.is_initialized() and leaving.code:
             # Another rank has the error (`together`). torchrun ends all of them when the first one leaves, so let it
@@ -440,7 +462,7 @@ def run_main(main: Callable[[], None]) -> None:
             # which torchrun ends the others.
             time.sleep(PATIENCE_WITH_FIRST_RANK)
         if of_the_user or lost:
-            sys.stdout.flush()
+            _flush_stdout()
             print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
         _leave(1)
 

@@ -1,20 +1,55 @@
-"""The text log: stdout and `dump_dir/train.log` on the first rank; warnings on stderr from the others."""
+"""The text log: stdout and `dump_dir/train.log` on the first rank; on stderr its errors, and the others' warnings."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import logging.handlers
+import os
 import sys
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "%(levelname).1s %(asctime)s %(rank)s%(message)s"
 
 
-class _TerminalHandler(logging.StreamHandler):
+class _GoesOn(logging.Handler):
+    """Where a record cannot be written it says so once, and not again before one could be."""
+
+    _failing = _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+        self._failing = self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        first, self._failing, self._failed = not self._failing, True, True
+        if first:
+            logger.error("%s cannot be written (%s); going on without it", self.get_name(), error)
+
+
+class _TerminalHandler(_GoesOn, logging.StreamHandler):
     """Of a class of its own, so that a second run in a process finds the first one's and replaces it."""
+
+
+class _LogFile(_GoesOn, logging.handlers.WatchedFileHandler):
+    """Begun anew where it has been deleted, or its folder has."""
+
+    def reopenIfNeeded(self) -> None:
+        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+        super().reopenIfNeeded()
 
 
 class _EarlyRecords(logging.handlers.MemoryHandler):
@@ -31,9 +66,13 @@ def init_logger(rank: int = 0, world_size: int = 1, stream: TextIO | None = None
     """
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if not isinstance(handler, _OURS)]
-    handler = _TerminalHandler(stream or (sys.stdout if rank == 0 else sys.stderr))
-    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    _add(handler, f"[rank {rank}] " if world_size > 1 else "")
+    prefix = f"[rank {rank}] " if world_size > 1 else ""
+    on_stderr = _add(_TerminalHandler(sys.stderr), prefix)
+    on_stderr.setLevel(logging.ERROR if rank == 0 else logging.WARNING)
+    if rank == 0:
+        on_stdout = _add(_TerminalHandler(stream or sys.stdout), prefix)
+        on_stdout.set_name("the log on stdout")
+        on_stdout.addFilter(lambda record: logging.INFO <= record.levelno < logging.ERROR)
     # What is said before there is a log file is kept for it.
     _add(_EarlyRecords(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False), "")
     logging.captureWarnings(True)
@@ -58,7 +97,8 @@ def claim(folder: Path) -> BinaryIO:
 
 def add_log_file(file: Path) -> logging.Handler:
     """Appends this process's records to `file`, earlier ones too, until `remove_log_file`."""
-    handler = _add(logging.FileHandler(file, encoding="utf-8"), "")
+    handler = _add(_LogFile(file, encoding="utf-8"), "")
+    handler.set_name(str(file))
     root = logging.getLogger()
     for early in [handler for handler in root.handlers if isinstance(handler, _EarlyRecords)]:
         early.setTarget(handler)
@@ -69,7 +109,8 @@ def add_log_file(file: Path) -> logging.Handler:
 
 def remove_log_file(handler: logging.Handler) -> None:
     logging.getLogger().removeHandler(handler)
-    handler.close()
+    with contextlib.suppress(OSError):  # which it has told of
+        handler.close()
 
 
 def _add(handler: logging.Handler, rank: str) -> logging.Handler:

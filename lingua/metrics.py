@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,6 +22,9 @@ import torch
 from lingua.args import looks_secret
 
 logger = logging.getLogger(__name__)
+
+# What stays in memory while metrics.jsonl cannot be written.
+MAX_KEPT_LINES = 100_000
 
 
 @dataclass
@@ -57,16 +61,26 @@ def validate_wandb_args(arguments: Any, key: str) -> None:
 
 
 class MetricsLogger:
-    """Appends one JSON object a line to `file`, and sends the same to a wandb run where there is one."""
+    """Appends one JSON object a line to `file`, and sends the same to a wandb run where there is one.
+
+    Lines that cannot be written, on a full disk, say, are kept and written as soon as that works again.
+    """
 
     def __init__(self, file: Path, wandb_run: Any = None):
-        self._file = open(file, "a", encoding="utf-8")
+        self._path = file
+        self._file = open(file, "ab", buffering=0)
+        self._kept: deque[bytes] = deque(maxlen=MAX_KEPT_LINES)
         self._wandb = wandb_run
 
     def log(self, metrics: dict[str, Any]) -> None:
         stamped = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
-        self._file.write(json.dumps(stamped) + "\n")
-        self._file.flush()
+        failing = len(self._kept) > 0
+        self._kept.append(json.dumps(stamped).encode() + b"\n")
+        try:
+            self._write_kept()
+        except OSError as error:
+            if not failing:
+                logger.error("%s cannot be written (%s); its lines are kept until it can be", self._path, error)
         # wandb keeps one value of each name a step: that of the whole step, not of a batch within the next.
         if self._wandb is not None and metrics["acc_step"] == 0:
             self._wandb.log(metrics, step=metrics["global_step"])
@@ -76,8 +90,32 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
+    def _write_kept(self) -> None:
+        if not self._path.exists() or not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            anew = open(self._path, "ab", buffering=0)
+            self._file.close()
+            self._file = anew
+            logger.error("%s was deleted; it is begun anew", self._path)
+        content, end = b"".join(self._kept), os.fstat(self._file.fileno()).st_size
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # no line in part
+                self._file.truncate(end)
+            raise
+        self._kept.clear()
+
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError where lines are left that cannot be written."""
+        try:
+            if self._kept:
+                self._write_kept()
+        except OSError as error:
+            raise OSError(f"{self._path}: the last {len(self._kept)} lines are not written ({error})") from None
+        finally:
+            self._file.close()
 
 
 def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any], key: str = "logging.wandb") -> Any:

@@ -31,7 +31,14 @@ from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs, TiedOutput
 from lingua.args import from_dict, parse_args, to_dict
-from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FOLDER, find_consolidated, load_model, read_json
+from lingua.checkpoint import (
+    CONFIG_FILE,
+    CONSOLIDATED_FOLDER,
+    find_consolidated,
+    load_model,
+    read_json,
+    refuse_damaged,
+)
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, find_world, run_main, together
 from lingua.inference import can_speed_up, fast_linear, speed_up
@@ -136,6 +143,8 @@ def load_consolidated_model_and_tokenizer(
     path = Path(path)
     with together():
         config_file = _find_config(path)
+    refuse_damaged(path)
+    with together():
         config = read_json(config_file, ("data", "model"))
         data_args = from_dict(DataArgs, config["data"], f"data in {config_file}")
         config["data"], tokenizer_args = to_dict(data_args), data_args.tokenizer
@@ -155,7 +164,7 @@ def load_consolidated_model_and_tokenizer(
         with explaining_memory("generator.dtype: the whole model does not fit this GPU's memory, beside what is there"):
             model.to_empty(device=device or torch.device("cpu"))
         model.rope_embeddings.reset_parameters()
-    load_model(path, model)
+    load_model(path, model, compared=True)
     if isinstance(model.output, TiedOutput) and dtype != "fp32":
         embedding = model.tok_embeddings.weight
         model.output = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")

@@ -34,7 +34,7 @@ import torch
 from apps.main.generate import load_consolidated_model_and_tokenizer
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, to_yaml
-from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FILE, read_json
+from lingua.checkpoint import read_json, write_consolidated
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, run_main
 from lingua.logger import init_logger
@@ -195,9 +195,7 @@ def import_hf(
     state = _imported_state(args, hf_dir)
     with _written_whole(out_dir) as folder:
         data = _bring_tokenizer(hf_dir, folder, out_dir)
-        torch.save({"model": state}, folder / CONSOLIDATED_FILE)
-        params = {"model": to_dict(args), "data": to_dict(data)}
-        (folder / CONFIG_FILE).write_text(json.dumps(params), encoding="utf-8")
+        write_consolidated(folder, state, {"model": to_dict(args), "data": to_dict(data)})
         start = _StartConfig(
             args,
             _StartData(args.max_seqlen, data.add_bos, data.add_eos, data.tokenizer),

@@ -43,7 +43,14 @@ from apps.main.transformer import (
 from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
 from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
-from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
+from lingua.checkpoint import (
+    CheckpointArgs,
+    CheckpointManager,
+    load_model,
+    load_training,
+    read_train_state,
+    refuse_damaged_distributed,
+)
 from lingua.data import (
     DataArgs,
     build_dataloader_from_args,
@@ -296,7 +303,10 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
     up for when the run goes on.
     """
     args, step = run.args, run.step
-    run.checkpoints.finish()
+    run.finish_saving()
+    if run.checkpoints.saved != step:
+        logger.warning("step %s is not evaluated: it has no checkpoint", step)
+        return
     wanted = evaluation_args(args, step)
     try:
         if args.async_eval_gpus is not None:
@@ -387,6 +397,7 @@ class Run:
             world.rank,
             self.data_rank if writes else None,
             args.distributed.timeout,
+            Path(args.dump_dir),
         )
         self.model = build_model(args)
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
@@ -394,10 +405,11 @@ class Run:
         self.reducer = parallelize(self.model, args.distributed, world)
 
     def find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, if any, as the first rank sees it: others may see the disk later."""
-        folder = self.checkpoints.latest() if self.world.rank == 0 else None
+        """The checkpoint to go on from, if any. All ranks call it together."""
+        folder = self.checkpoints.latest()
         if folder is None and self.args.checkpoint.continue_training_from_init:
             folder = Path(self.args.checkpoint.init_ckpt_path)
+            refuse_damaged_distributed(folder)
         return folder
 
     def go_to(self, folder: Path | None) -> None:
@@ -408,6 +420,7 @@ class Run:
             # Other ranks may have read more tokens a step than these do.
             self.total_tokens = train_state.get("total_tokens", self.step * self.tokens_per_step * self.data_ranks)
             check_state_fits(self.args.data, self.loader_state)
+            self.checkpoints.saved = self.step
 
     def materialize(self, resume_from: Path | None) -> None:
         """Gives the model its memory and weights, and makes the optimizer."""
@@ -416,7 +429,7 @@ class Run:
         self.model.init_weights()
         self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps, args.seed)
         if resume_from is not None:
-            load_training(resume_from, self.model, self.optimizer)
+            load_training(resume_from, self.model, self.optimizer, compared=True)
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
             load_model(Path(args.checkpoint.init_ckpt_path), self.model)
@@ -492,16 +505,36 @@ class Run:
     def mean_over_ranks(self, loss: torch.Tensor) -> float:
         return reduce_sum([loss.item()])[0] / self.world.size
 
-    def save(self) -> None:
+    def save(self, needed: bool) -> None:
+        """Writes a checkpoint. Where that fails it is told, and training goes on, or ends where it was `needed`."""
         train_state = {
             "step": self.step,
             "acc_step": 0,
             "total_tokens": self.total_tokens,
             "data_loader_state": self.loader_state,
         }
-        folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
-        logger.info("%s %s", "writing in the background:" if self.args.checkpoint.save_async else "saved", folder)
+        self.finish_saving()
+        with self.telling_of_saving(needed):
+            folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
+            if self.args.checkpoint.save_async:
+                logger.info("writing in the background: %s", folder)
         self.stopwatch.restart_lap()
+
+    def finish_saving(self, needed: bool = False) -> None:
+        """Waits for what is being written in the background. Failures as in `save`."""
+        with self.telling_of_saving(needed):
+            self.checkpoints.finish()
+
+    @contextlib.contextmanager
+    def telling_of_saving(self, needed: bool) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # the same on all ranks
+            if needed:
+                with together():
+                    raise
+            if self.world.rank == 0:
+                logger.error("%s; training goes on without it", error)
 
 
 def format_log_line(metrics: dict[str, Any], power: float | None) -> str:
@@ -550,6 +583,13 @@ def finish_wandb(wandb_run: Any, succeeded: bool, stopped: bool) -> None:
     finishing.join(PATIENCE_WITH_WANDB if stopped else None)
 
 
+def close_metrics(metrics: MetricsLogger) -> None:
+    try:
+        metrics.close()
+    except OSError as error:
+        logger.error("%s", error)
+
+
 @contextlib.contextmanager
 def open_logs(run: Run) -> Iterator[None]:
     """Makes dump_dir on the first rank, with config.yaml, train.log, metrics.jsonl; closes the logs at the end."""
@@ -577,7 +617,7 @@ def open_logs(run: Run) -> Iterator[None]:
             if dropped:
                 logger.info("dropped %s lines of %s past step %s, which is computed again", dropped, name, run.step)
         run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
-        stack.callback(run.metrics.close)
+        stack.callback(close_metrics, run.metrics)
         log_start(args, run.world, run.model)
         yield
 
@@ -600,8 +640,7 @@ def train(args: TrainArgs) -> None:
         stop_signal = stack.enter_context(StopSignal())
         with together():
             run = Run(args, world)
-            found = run.find_checkpoint()
-        resume_from = from_first_rank(found)
+        resume_from = run.find_checkpoint()
         with together():
             run.go_to(resume_from)
             first_step = run.step
@@ -643,13 +682,13 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
         train_steps(run, batches, stop_signal)
     except (ValueError, OSError, SystemExit):
         # All ranks leave here together: what is being written in the background is brought to its end first.
-        run.checkpoints.finish()
+        run.finish_saving()
         raise
 
 
 def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:
     """The loop. The last step is checkpointed whatever the schedule of checkpoints says."""
-    steps, saved = run.args.steps, run.step
+    steps = run.args.steps
     if run.step > 0 and run.checkpoints.args.eval.is_due(run.step) and lacks_evaluation(run):
         evaluate(run, stop_signal)  # which the run was stopped before or in
     run.stopwatch.restart_lap()
@@ -672,15 +711,15 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             with together():
                 run.log_step(step)
         if run.checkpoints.is_due(run.step) or run.step == steps:
-            run.save()
-            saved = run.step
+            run.save(needed=run.step == steps)
         if run.args.eval is not None and (run.checkpoints.args.eval.is_due(run.step) or run.step == steps):
             evaluate(run, stop_signal)
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()
-    if run.step > saved:
-        run.save()
-    run.checkpoints.finish()
+    run.finish_saving()
+    if run.step > run.checkpoints.saved:
+        run.save(needed=True)
+        run.finish_saving(needed=True)
     if run.step < steps:
         logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
     else:

@@ -422,7 +422,7 @@ def test_an_evaluation_that_fails_does_not_end_training(world, tmp_path):
     config = facts_config(folder / "data", tmp_path / "run")
     config["eval"] = {"harness": {"tasks": ["gone"], "include_path": str(broken)}}
     result = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().ok()
-    assert result.out.count("could not be evaluated: ") == 2
+    assert result.err.count("could not be evaluated: ") == 2
     assert "done: 120 steps" in result.out
     assert read_losses(tmp_path / "run") == read_losses(run)
 

@@ -175,8 +175,8 @@ def load_where_one_rank_finds_something_else(good: Path, bad: Path, kind: str) -
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("missing", {"training": "it has no .metadata", "weights": "neither .metadata nor consolidated.pth is there"}),
-        ("cut short", {"training": "distcp has 10 bytes of", "weights": "distcp has 10 bytes of"}),
+        ("missing", {"training": "no checkpoint is there", "weights": "neither .metadata nor consolidated.pth is"}),
+        ("cut short", {"training": "distcp has 10 bytes, and", "weights": "distcp has 10 bytes, and"}),
     ],
 )
 @pytest.mark.parametrize("kind", ["training", "weights"])
