@@ -36,6 +36,16 @@ def looks_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
+def refuse_secrets(section: Any, key: str) -> None:
+    """Raises ValueError, one line that names the key, for text in nested mappings whose name looks like a secret's."""
+    for name, value in section.items() if isinstance(section, Mapping) else ():
+        if isinstance(value, str) and looks_secret(str(name)):
+            raise ValueError(
+                f"{key}.{name}: looks like a secret, and the config is saved in dump_dir; export it in the shell"
+            )
+        refuse_secrets(value, f"{key}.{name}")
+
+
 def _environment_resolver(name: str, *default: str | None) -> str | None:
     """`${oc.env:NAME}`, but not for secrets: the value would be saved with the config."""
     if looks_secret(name):

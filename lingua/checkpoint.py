@@ -197,7 +197,7 @@ class CheckpointManager:
         with self._whole_or_not_at_all(step):
             with failing_alike(group):
                 if self.rank == 0:
-                    self._check_room(state)
+                    self._check_place(step, state)
             for pause in (*PAUSES, None):
                 try:
                     self._write_once(step, state, files, group)
@@ -249,8 +249,11 @@ class CheckpointManager:
                 raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
             raise
 
-    def _check_room(self, state: dict[str, Any]) -> None:
-        """Raises OSError where the disk has less free than the tensors take: nothing is begun then."""
+    def _check_place(self, step: int, state: dict[str, Any]) -> None:
+        """Raises OSError where it is taken, or has less room than the tensors take: nothing is begun then."""
+        final = self._places(step)[0]
+        if final.exists() and self._is_foreign(final):
+            raise OSError("another run's checkpoint of this step is there; name another checkpoint.path")
         tensors = [value for value in _flatten(state).values() if isinstance(value, torch.Tensor)]
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -303,7 +306,7 @@ class CheckpointManager:
         """Renamed before it is removed, so that a kill in the middle leaves nothing that looks like a checkpoint."""
         final, _, old = self._places(step)
         if self._is_foreign(final):
-            raise OSError(f"{final} lies outside of dump_dir, and is not of this run; remove it yourself")
+            raise OSError("it lies outside of dump_dir and is not of this run; remove it yourself")
         _remove(old)
         final.rename(old)
 

@@ -198,6 +198,8 @@ def read_checksums(folder: Path) -> dict[str, Checksums] | None:
             raise ValueError(f"{content['algorithm']} of {content['block_bytes']} bytes, not {ALGORITHM}")
         sums = {name: Checksums(**of_file) for name, of_file in content["files"].items()}
         for name, of_file in sums.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no name of a file")
             if len(of_file.blocks) != -(-of_file.bytes // BLOCK_BYTES):
                 raise ValueError(f"{len(of_file.blocks)} blocks of {name} with {of_file.bytes} bytes")
     except FileNotFoundError:
@@ -214,7 +216,7 @@ def find_other_size(folder: Path, sums: dict[str, Checksums]) -> str | None:
     for name, of_file in sums.items():
         file = folder / name
         if not file.is_file():
-            return f"the file {name} is missing"
+            return f"the file {name} is missing, which is in {CHECKSUMS_FILE}"
         size = file.stat().st_size
         if size != of_file.bytes:
             return f"the file {name} has {size} bytes, and {of_file.bytes} by {CHECKSUMS_FILE}"

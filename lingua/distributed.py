@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lingua import slurm
-from lingua.args import first_line, looks_secret
+from lingua.args import first_line, looks_secret, refuse_secrets
 
 T = TypeVar("T")
 
@@ -265,11 +265,7 @@ def set_environment(variables: dict[str, str]) -> None:
 
 def validate_environment(variables: dict[str, str]) -> None:
     """Raises ValueError for variables that would carry a secret into saved configs."""
-    for name in variables:
-        if looks_secret(name):
-            raise ValueError(
-                f"env.{name}: looks like a secret, and the config is saved in dump_dir; export it in the shell"
-            )
+    refuse_secrets(variables, "env")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

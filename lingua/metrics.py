@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from lingua.args import looks_secret
+from lingua.args import looks_secret, refuse_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def validate_wandb_args(arguments: Any, key: str) -> None:
     for name in arguments:
         if name not in known:
             raise ValueError(f"{key}.{name}: wandb.init has no such argument; it has {', '.join(known)}")
+    refuse_secrets(arguments, key)
 
 
 class MetricsLogger:

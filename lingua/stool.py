@@ -49,6 +49,7 @@ from lingua.args import (
     parse_args,
     read_argument,
     read_yaml,
+    refuse_secrets,
     to_yaml,
     write_whole,
 )
@@ -457,6 +458,14 @@ def strings_in(value: Any) -> Iterator[str]:
         yield value
 
 
+def refuse_secrets_of_run(config: dict[str, Any]) -> None:
+    """In the sections that hold whatever is given, before they are written."""
+    for section in (config, config.get("logging"), config.get("eval")):
+        for name in ("env", "wandb"):
+            if isinstance(section, Mapping):
+                refuse_secrets(section.get(name), name)
+
+
 def check_deletable(root: Path, args: StoolArgs, runs: list[Run]) -> None:
     """Raises ValueError where `root` is no run of ours, or holds what somebody works with."""
     if root.is_symlink() or not is_run(root):
@@ -648,6 +657,7 @@ def launch_job(args: StoolArgs) -> str | None:
     for run in runs:
         if known is not None:
             check_config(known, run.config, f"the config of {args.script}")
+        refuse_secrets_of_run(OmegaConf.to_container(run.config, resolve=False))
         if isinstance(run.config.get("env"), Mapping | DictConfig):
             validate_environment(run.config.env)
     args = dataclasses.replace(args, nodes=count_nodes(args))

@@ -14,6 +14,7 @@ from training import run_command
 from apps.main.eval import EvalArgs, find_checkpoints, launch_eval
 from apps.main.generate import GeneratorArgs, load_consolidated_model_and_tokenizer
 from apps.main.validation import ValidationArgs, rows_of
+from lingua.checkpoint import consolidate_checkpoints
 from lingua.metrics import drop_metrics_after
 from lingua.transformer import cross_entropy
 
@@ -181,8 +182,30 @@ def test_a_checkpoint_that_is_cut_off(checkpoint, tmp_path):
     shutil.copytree(checkpoint, copy)
     (data,) = copy.glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"not a whole distributed checkpoint; the file .* has 1000 bytes of"):
+    with pytest.raises(ValueError, match=r"not a whole checkpoint; the file .* has 1000 bytes, and \d+ by"):
         validate(copy, tmp_path)
+    assert not (tmp_path / "evals").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["distcp", "params.json", ".metadata", "checksums.json", "train_state", "consolidated"]
+)
+@pytest.mark.parametrize("damage", ["flipped", "emptied"])
+def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, name, damage):
+    """The file too, before anything is made of what is in it; what evaluation reads nothing of may be other bytes."""
+    copy = shutil.copytree(checkpoint, tmp_path / "0000000007", ignore=shutil.ignore_patterns("consolidated"))
+    if name == "consolidated":
+        consolidate_checkpoints(copy)
+    (file,) = [path for path in copy.rglob("*") if path.is_file() and name in path.name]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content if damage == "flipped" else b"")
+    with pytest.raises(ValueError, match=".") as caught:
+        validate(copy, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(copy) in message
+    assert file.name in message
     assert not (tmp_path / "evals").exists()
 
 

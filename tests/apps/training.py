@@ -4,28 +4,35 @@ Importing torch takes seconds, so most processes are forked from a server that h
 starts a command from nothing. Everything computes with one thread.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 # Far more than anything takes here: it ends what hangs, and is no measure of speed.
 PATIENCE = 240
+
+# Everything in metrics.jsonl that does not tell of times and of this machine.
+COMPUTED = ("global_step", "acc_step", "loss/out", "optim/grad_norm", "optim/value_grad_norm", "optim/lr")
+COMPUTED += ("optim/value_lr", "optim/total_tokens")
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -201,6 +208,10 @@ class Training:
         """What it has printed so far."""
         return self._read("out")
 
+    def err(self) -> str:
+        """The same of stderr."""
+        return self._read("err")
+
     def _read(self, name: str) -> str:
         file = Path(f"{self._logs}.{name}")
         return file.read_text() if file.exists() else ""
@@ -283,6 +294,11 @@ def read_losses(dump_dir: Path) -> list[tuple[int, float]]:
     return [(line["global_step"], line["loss/out"]) for line in read_metrics(dump_dir)]
 
 
+def computed(dump_dir: Path) -> list[dict[str, Any]]:
+    """All lines, less what tells of times and of this machine."""
+    return [{key: line[key] for key in COMPUTED} for line in read_metrics(dump_dir)]
+
+
 def last_step(dump_dir: Path) -> int:
     """The step of the last whole line of a metrics file that may be being written."""
     file = dump_dir / "metrics.jsonl"
@@ -301,3 +317,27 @@ def list_steps(dump_dir: Path) -> list[int]:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file under `folder` and what is in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: int | str, options: str = "") -> Iterator[None]:
+    """A file system of its own at `path`, in memory."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(path)]
+    mounted = (
+        os.geteuid() == 0 and shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    )
+    if not mounted:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("mounting a file system takes root, and works not here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def bytes_of(folder: Path) -> int:
+    """As a file system of blocks of 4 KiB counts them."""
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.rglob("*") if file.is_file())
