@@ -305,7 +305,8 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
     args, step = run.args, run.step
     run.finish_saving()
     if run.checkpoints.saved != step:
-        logger.warning("step %s is not evaluated: it has no checkpoint", step)
+        if run.world.rank == 0:
+            logger.warning("step %s is not evaluated: it has no checkpoint", step)
         return
     wanted = evaluation_args(args, step)
     try:

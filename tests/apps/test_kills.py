@@ -17,10 +17,6 @@ SEED = os.environ.get("LINGUA_KILLS_SEED", "0")
 # Two ranks cost more.
 N_KILLS = {1: KILLS - KILLS // 3, 2: KILLS // 3}
 
-# Everything in metrics.jsonl that does not tell of times and of this machine.
-COMPUTED = ("global_step", "acc_step", "loss/out", "optim/grad_norm", "optim/value_grad_norm", "optim/lr")
-COMPUTED += ("optim/value_lr", "optim/total_tokens")
-
 KINDS = ("loading", "saving", "saving", "training")
 
 EVERY = 5  # steps between checkpoints
