@@ -192,7 +192,7 @@ def test_a_checkpoint_that_is_cut_off(checkpoint, tmp_path):
 )
 @pytest.mark.parametrize("damage", ["flipped", "emptied"])
 def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, name, damage):
-    """The file too, before anything is made of what is in it; what evaluation reads nothing of may be other bytes."""
+    """In one line, before anything is made of what is in it."""
     copy = shutil.copytree(checkpoint, tmp_path / "0000000007", ignore=shutil.ignore_patterns("consolidated"))
     if name == "consolidated":
         consolidate_checkpoints(copy)

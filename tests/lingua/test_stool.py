@@ -384,6 +384,21 @@ def test_a_refused_submission_takes_back_what_it_made(command, tmp_path):
     assert not Path("a").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"env": {"HF_TOKEN": "hunter2"}}, "env.HF_TOKEN"),
+        ({"logging": {"wandb": {"settings": {"api_key": "hunter2"}}}}, "wandb.settings.api_key"),
+    ],
+)
+def test_secrets_are_not_saved(command, section, key):
+    command("sbatch", "77\n")
+    with pytest.raises(ValueError, match=f"^{key}: looks like a secret") as caught:
+        launch_job(StoolArgs(config={"dump_dir": "run", **section}))
+    assert "hunter2" not in str(caught.value)
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize("inside", [".", "mine.txt", "checkpoints"])
 def test_override_refuses_what_is_no_run(command, inside, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "yes")

@@ -3,6 +3,7 @@ import errno
 import io
 import itertools
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -411,6 +412,17 @@ def test_a_file_of_another_kind(build_from, capfd, name, content, said):
     assert said in message
     assert f"data.tokenizer.name={name} needs a" in message
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["sp", "tiktoken"])
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_a_pickle_runs_no_code(build_from, tmp_path, name, protocol):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path / 'mark'}'",)
+
+    build_from(name, pickle.dumps(Hostile(), protocol))
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_file_for_the_other_tokenizer(files):
