@@ -31,7 +31,7 @@ class _Layer:
     memory: HashingMemory
     use: SlotUse
     ever_S: torch.Tensor  # bool, the same on all ranks
-    # Before an update: rows that were read, how many slots they stand for, and this rank's part of the tables there.
+    # Before an update: slots that were read, how many they stand for, and this rank's part of the tables' rows there.
     slots: torch.Tensor | None = None
     n_read: int = 0
     before: list[torch.Tensor] | None = None
@@ -78,7 +78,7 @@ class MemoryUse:
             pk/layer_{i}/ever_read          since the run's start
             pk/layer_{i}/kl                 log S + sum_s z_s log z_s, where z is how the softmax weights since the last
                                             log line spread over the S slots: the entropy that is lacking to an even
-                                            use (Lample et al., 2019, section 4.5); 0 at best, log S at worst
+                                            use (Lample et al., 2019); 0 at best, log S at worst
             pk/layer_{i}/top_weight         largest softmax weight, mean over tokens and heads
             pk/layer_{i}/value_update_norm  2-norm of all that the optimizer's step has changed in the table's rows that
                                             this layer has read since the last log line (PEER: in both tables'), as it
@@ -88,6 +88,8 @@ class MemoryUse:
         A slot is read where a weight above 0 falls on it. "Since the last log line" is since its start for a process
         that has written none. Tokens are those of all ranks.
         """
+        if not self.layers:
+            return {}
         found = {number: self._of_layer(layer) for number, layer in self.layers.items()}
         # Everything that still has to be summed, at once.
         summed = iter(reduce_sum([value for _, parts in found.values() for value in parts]))

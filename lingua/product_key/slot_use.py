@@ -9,7 +9,9 @@ Suffixes: N tokens, H heads, K slots of a head, S slots in all.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,6 +33,7 @@ class SlotUse:
         self.weights_S = torch.zeros(n_slots, dtype=torch.float64, device=device)
         self.top_weights = torch.zeros((), dtype=torch.float64, device=device)
         self.n_queries = 0
+        self.is_paused = False
         number = next(_numbers)
         _by_number[number] = self
         self.ticket = torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
@@ -49,9 +52,24 @@ class SlotUse:
         return _Watch.apply(weights_NHK, slots_NHK, self.ticket)
 
     def note(self, slots_NHK: torch.Tensor, weights_NHK: torch.Tensor) -> None:
+        if self.is_paused:
+            return
         self.weights_S.scatter_add_(0, slots_NHK.flatten(), weights_NHK.flatten().double())
         self.top_weights += weights_NHK[..., 0].sum(dtype=torch.float64)
         self.n_queries += weights_NHK[..., 0].numel()
+
+
+@contextlib.contextmanager
+def paused(uses: Iterable[SlotUse | None]) -> Iterator[None]:
+    """For backward passes that nothing is learnt from."""
+    watching = [use for use in uses if use is not None]
+    for use in watching:
+        use.is_paused = True
+    try:
+        yield
+    finally:
+        for use in watching:
+            use.is_paused = False
 
 
 class _Watch(torch.autograd.Function):

@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer
+from lingua.product_key.slot_use import paused
 
 N_STEPS, N_BATCHES, N_ROWS = 3, 2, 4
 
@@ -167,7 +168,8 @@ def test_two_ranks_say_what_one_process_says(memory):
         assert found["state"] == first[0]["state"]
 
 
-def test_evaluation_and_copies_are_not_counted():
+def test_only_what_is_learnt_from_counts():
+    """Not evaluation, not a copy of the model, nor a pass that says so."""
     model = build_alone(MODELS["one table"])
     use = MemoryUse(model.memories())
     batch = draw_batches()[0, 0]
@@ -175,8 +177,12 @@ def test_evaluation_and_copies_are_not_counted():
     with torch.no_grad():
         model(batch, batch)
     copied(batch, batch).backward()
+    with paused(memory.slot_use for memory in model.memories().values()):
+        model(batch, batch).backward()
     assert all(layer.use.n_queries == 0 and not layer.use.weights_S.any() for layer in use.layers.values())
     assert all(memory.slot_use.n_queries == batch.numel() * 3 for memory in copied.memories().values())
+    model(batch, batch).backward()
+    assert all(layer.use.n_queries == batch.numel() * 3 for layer in use.layers.values())
 
 
 def test_use_is_even_at_best_and_one_slot_at_worst():
