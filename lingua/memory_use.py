@@ -23,7 +23,7 @@ from lingua.product_key.memory import HashingMemory
 from lingua.product_key.slot_use import SlotUse
 
 # Rows whose change is looked at; where more were read, so many of them are drawn.
-MEASURED_ROWS = 4096
+MEASURED_ROWS = 1024
 
 
 @dataclass

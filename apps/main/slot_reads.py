@@ -14,6 +14,7 @@ Only tokens that something is predicted from read: all of a document but the las
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from apps.main.validation import check_stop, rows_of, watch_searches
 from lingua.data import read_documents
 from lingua.distributed import rank_and_size, together
 from lingua.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 FILE = "slot_reads.parquet"
 
@@ -84,6 +87,7 @@ def _write(
                         writer = stack.enter_context(pq.ParquetWriter(beside, table.schema, compression="zstd"))
                     writer.write_table(table)
         os.replace(beside, file)
+        logger.info("which tokens read which slots: %s", file)
     finally:
         beside.unlink(missing_ok=True)
 
