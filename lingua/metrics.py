@@ -29,11 +29,14 @@ MAX_KEPT_LINES = 100_000
 
 @dataclass
 class LoggingArgs:
-    """`freq`: steps between log lines; `acc_freq`: batches between those within a step; `wandb`: for wandb.init."""
+    """`freq`: steps between log lines; `acc_freq`: batches between those within a step; `wandb`: for wandb.init;
+    `memory_use`: what the memories read, too (lingua/memory_use.py).
+    """
 
     freq: int = 10
     acc_freq: int | None = None
     wandb: dict[str, Any] | None = None
+    memory_use: bool = True
 
 
 def validate_logging_args(args: LoggingArgs) -> None:

@@ -15,6 +15,7 @@ import torch
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.distributed import DistributedArgs, World
+from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
@@ -261,6 +262,34 @@ def test_sparse_updates_train(compiled, rounding):
     sparse = train_a_little(layout, value_update="sparse", value_rounding=rounding)
     assert sparse[:3] == pytest.approx(dense[:3], rel=1e-2)
     assert sparse[10] < 0.5 * sparse[0]
+
+
+def memory_use_of_a_step(distributed, device):
+    args = LMTransformerArgs(
+        dim=256,
+        n_layers=3,
+        n_heads=4,
+        vocab_size=256,
+        max_seqlen=64,
+        productkey_args=ProductKeyArgs(is_enabled=True, layers="0,2", mem_n_keys=64, mem_knn=16, mem_k_dim=64),
+    )
+    model = LMTransformer(args).to(device)
+    parallelize(model, distributed, World(device=torch.device(device)))
+    use = MemoryUse(model.memories())
+    optimizer, _ = build_optimizer(model, OptimArgs(lr=1e-3, warmup=0), 100)
+    tokens = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    use.before_update(seed=0)
+    optimizer.step()
+    return use.metrics()
+
+
+@pytest.mark.parametrize("distributed", [{}, {"compile": True, "checkpoint_each_layer": True}], ids=str)
+def test_memory_use_as_on_the_cpu(distributed):
+    """But for the few slots that rounding lets win or lose."""
+    layout = DistributedArgs(model_dtype="fp32", **distributed)
+    expected = memory_use_of_a_step(DistributedArgs(model_dtype="fp32"), "cpu")
+    assert memory_use_of_a_step(layout, "cuda") == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", PARTS)

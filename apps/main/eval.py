@@ -5,9 +5,9 @@
     python -m apps.main.eval config=... ckpt_dir=all dump_dir=dumps/debug       # all of them, for a curve
     torchrun --nproc-per-node 8 -m apps.main.eval config=...                    # the same numbers, sooner
 
-Writes `results.json`, `validation.json` and `config.yaml` into dump_dir (for latest and all: dump_dir/evals/<step>),
-and appends to `metrics.eval.jsonl` and `metrics.validation.jsonl` in metric_log_dir. Training calls
-`evaluate_checkpoint` with the ranks that it has.
+Writes `results.json`, `validation.json`, `slot_reads.parquet` (what of them was asked for) and `config.yaml` into
+dump_dir (for latest and all: dump_dir/evals/<step>), and appends to `metrics.eval.jsonl` and `metrics.validation.jsonl`
+in metric_log_dir. Training calls `evaluate_checkpoint` with the ranks that it has.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from apps.main.generate import (
     pick_device,
     validate_generator_args,
 )
+from apps.main.slot_reads import FILE as SLOT_READS_FILE
+from apps.main.slot_reads import write_slot_reads
 from apps.main.transformer import count_parameters
 from apps.main.validation import (
     ValidationArgs,
@@ -179,12 +181,17 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
                 f"validation.sources: nothing to validate on, and no training source has {VALIDATION_FILES}; "
                 "name one, and its folder in validation.root_dir"
             )
+        if files and args.validation.slot_reads is not None and not model.memories():
+            raise ValueError(f"validation.slot_reads: the model of {args.ckpt_dir} has no memories; leave it out")
     if args.harness is not None:
         from apps.main import harness
 
         found["results"] = harness.run_harness(args.harness, generator, should_stop)
     if files:
         found["validation"] = run_validation(args.validation, files, generator, config, should_stop)
+        if args.validation.slot_reads is not None:
+            file, n_tokens = Path(args.dump_dir) / SLOT_READS_FILE, args.validation.slot_reads
+            write_slot_reads(file, generator, files, config["data"], n_tokens, should_stop)
     with together():
         if find_world().rank == 0:
             _write(args, found)

@@ -77,6 +77,7 @@ from lingua.distributed import (
     validate_environment,
 )
 from lingua.logger import add_log_file, claim, init_logger, remove_log_file
+from lingua.memory_use import MemoryUse
 from lingua.metrics import (
     LoggingArgs,
     MetricsLogger,
@@ -420,6 +421,7 @@ class Run:
             self.step, self.loader_state = train_state["step"], train_state["data_loader_state"]
             # Other ranks may have read more tokens a step than these do.
             self.total_tokens = train_state.get("total_tokens", self.step * self.tokens_per_step * self.data_ranks)
+            self.slots_read = train_state.get("memory_use")
             check_state_fits(self.args.data, self.loader_state)
             self.checkpoints.saved = self.step
 
@@ -435,6 +437,9 @@ class Run:
         elif args.checkpoint.init_ckpt_path is not None:
             load_model(Path(args.checkpoint.init_ckpt_path), self.model)
             logger.info("weights from %s", args.checkpoint.init_ckpt_path)
+        self.memory_use = MemoryUse(self.model.memories() if args.logging.memory_use else {})
+        if resume_from is not None and not self.memory_use.load(from_first_rank(self.slots_read)):
+            logger.warning("%s does not tell which memory slots were read: counted from here on", resume_from)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.args.distributed.model_dtype]
@@ -444,6 +449,9 @@ class Run:
         """The batches of the next step."""
         with self.stopwatch.waiting_for_data():
             return [next(loader) for _ in range(self.args.grad_acc_steps)]
+
+    def logs(self, step: int) -> bool:
+        return step % self.args.logging.freq == 0 or step == self.args.steps
 
     def train_step(self, batches: list[Batch]) -> Step:
         """All batches forward and backward; gradients are averaged over ranks, clipped and used once."""
@@ -461,6 +469,8 @@ class Run:
                     self.log_batches(number, loss_sum / number)
         self.reducer.finish()
         norms = clip_gradients(self.model, self.args.optim.clip)
+        if self.logs(self.step + 1):
+            self.memory_use.before_update(seed=self.step)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -495,6 +505,7 @@ class Run:
             "optim/lr": used[0],
             "optim/total_tokens": self.total_tokens,
             **memory_metrics(device),
+            **self.memory_use.metrics(),
             "loss/out": mean_loss,
         }
         if step.value_grad_norm is not None:
@@ -514,6 +525,9 @@ class Run:
             "total_tokens": self.total_tokens,
             "data_loader_state": self.loader_state,
         }
+        slots_read = self.memory_use.state()
+        if self.data_rank == 0:  # it is the same on all of them, and the first one's is always read
+            train_state["memory_use"] = slots_read
         self.finish_saving()
         with self.telling_of_saving(needed):
             folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
@@ -708,7 +722,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         if stopping:
             break
         step = run.train_step(batches)
-        if run.step % run.args.logging.freq == 0 or run.step == steps:
+        if run.logs(run.step):
             with together():
                 run.log_step(step)
         if run.checkpoints.is_due(run.step) or run.step == steps:

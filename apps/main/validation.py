@@ -39,19 +39,23 @@ def check_stop(should_stop: Callable[[], bool] | None) -> None:
 @dataclass
 class ValidationArgs:
     """`max_steps`: batches of the training's size for each source, all where null; the document with which so many are
-    reached is the last. Sources: folders with *.val.jsonl under `root_dir`.
+    reached is the last. Sources: folders with *.val.jsonl under `root_dir`. `slot_reads`: of so many tokens of each
+    source which slots they read is written down (apps/main/slot_reads.py).
     """
 
     max_steps: int | None = None
     use_val_from_train_src: bool = True
     root_dir: str = ""
     sources: list[str] = field(default_factory=list)
+    slot_reads: int | None = None
 
 
 def validate_validation_args(args: ValidationArgs, prefix: str = "") -> None:
     """Raises ValueError, one line that names the key."""
-    if args.max_steps is not None and args.max_steps < 1:
-        raise ValueError(f"{prefix}validation.max_steps: {args.max_steps} is too small, it must be 1 or more, or null")
+    for name in ("max_steps", "slot_reads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{prefix}validation.{name}: {value} is too small, it must be 1 or more, or null")
     if args.sources and not args.root_dir:
         raise ValueError(f"{prefix}validation.root_dir: not set; name the folder that holds validation.sources")
 
@@ -141,23 +145,36 @@ def validate_source(
 
 
 @contextlib.contextmanager
-def record_slots(model: LMTransformer) -> Iterator[dict[int, torch.Tensor]]:
-    """Block number -> which slots its memory reads while the context lasts, a bool for each slot."""
-    used = {}
+def watch_searches(model: LMTransformer, look: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Calls `look(block number, scores, slots)` of each search of a memory while the context lasts."""
     for number, memory in model.memories().items():
-        used[number] = torch.zeros(memory.size, dtype=torch.bool, device=memory.keys.device)
 
-        def recording(query: torch.Tensor, knn: int, get_indices=memory.get_indices, mine=used[number]):
+        def watched(query: torch.Tensor, knn: int, get_indices=memory.get_indices, number=number):
             scores, slots = get_indices(query, knn)
-            mine[slots.flatten()] = True
+            look(number, scores, slots)
             return scores, slots
 
-        memory.get_indices = recording
+        memory.get_indices = watched
     try:
-        yield used
+        yield
     finally:
         for memory in model.memories().values():
             del memory.get_indices
+
+
+@contextlib.contextmanager
+def record_slots(model: LMTransformer) -> Iterator[dict[int, torch.Tensor]]:
+    """Block number -> which slots its memory reads while the context lasts, a bool for each slot."""
+    used = {
+        number: torch.zeros(memory.size, dtype=torch.bool, device=memory.keys.device)
+        for number, memory in model.memories().items()
+    }
+
+    def record(number: int, _scores: torch.Tensor, slots: torch.Tensor) -> None:
+        used[number][slots.flatten()] = True
+
+    with watch_searches(model, record):
+        yield used
 
 
 def count_slots(used: dict[int, torch.Tensor], shared: bool) -> dict[str, int]:

@@ -19,6 +19,7 @@ from torch import nn
 from lingua.initialize import normal, uniform, xavier_uniform
 from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.search import search
+from lingua.product_key.slot_use import SlotUse
 
 
 @dataclass
@@ -111,6 +112,7 @@ class HashingMemory(nn.Module):
         self.v_dim = mem_v_dim if mem_v_dim > 0 else output_dim
         self.peer_variant = peer_variant
         self.value_fixed_lr = value_fixed_lr
+        self.slot_use: SlotUse | None = None  # set by whoever wants to know what is read in training
 
         self.query_proj = QueryProjection(input_dim, mem_heads * mem_k_dim)
         self.keys = nn.Parameter(torch.empty(2 * mem_heads * mem_n_keys, mem_k_dim // 2))
@@ -155,6 +157,8 @@ class HashingMemory(nn.Module):
         x_NC = x.reshape(-1, self.input_dim)
         scores_NHK, slots_NHK = self.get_indices(self.query_proj(x_NC), self.knn)
         weights_NHK = F.softmax(scores_NHK.float(), dim=-1)
+        if self.slot_use is not None:
+            weights_NHK = self.slot_use.watch(slots_NHK, weights_NHK)
         y = self.lookup(x_NC, slots_NHK.flatten(1), weights_NHK.flatten(1)).to(x.dtype)
         if self.swilu_projection is not None:
             y = _Gate.apply(y, self.swilu_projection(x_NC))
