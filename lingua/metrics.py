@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -65,7 +66,7 @@ class MetricsLogger:
 
     def log(self, metrics: dict[str, Any]) -> None:
         stamped = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
-        self._file.write(json.dumps(stamped) + "\n")
+        self._file.write(json.dumps({name: _or_null(value) for name, value in stamped.items()}) + "\n")
         self._file.flush()
         # wandb keeps one value of each name a step: that of the whole step, not of a batch within the next.
         if self._wandb is not None and metrics["acc_step"] == 0:
@@ -78,6 +79,11 @@ class MetricsLogger:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any], key: str = "logging.wandb") -> Any:

@@ -56,7 +56,6 @@ from lingua.distributed import (
     DistributedArgs,
     StopSignal,
     World,
-    any_rank,
     data_rank,
     default_environment,
     find_world,
@@ -69,6 +68,7 @@ from lingua.distributed import (
     validate_distributed_args,
     validate_environment,
 )
+from lingua.guards import Guard, GuardArgs, check_weights, seed_of_backward, validate_guard_args
 from lingua.logger import add_log_file, claim, init_logger, remove_log_file
 from lingua.metrics import (
     LoggingArgs,
@@ -128,6 +128,7 @@ class TrainArgs:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
     profiling: ProfilingArgs = field(default_factory=ProfilingArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
+    guard: GuardArgs = field(default_factory=GuardArgs)
     async_eval_gpus: int | None = None
     eval: Any | None = None
 
@@ -160,6 +161,7 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
         raise ValueError(f"data.n_views: {args.data.n_views}; training needs 2, the input and the target")
     validate_optim_args(args.optim)
     validate_logging_args(args.logging)
+    validate_guard_args(args.guard)
     n_words = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
     if args.model.vocab_size == -1:
         args.model.vocab_size = n_words
@@ -392,6 +394,7 @@ class Run:
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
+        self.guard = Guard(args.guard, self.model, world)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if any, as the first rank sees it: others may see the disk later."""
@@ -407,6 +410,7 @@ class Run:
             self.step, self.loader_state = train_state["step"], train_state["data_loader_state"]
             # Other ranks may have read more tokens a step than these do.
             self.total_tokens = train_state.get("total_tokens", self.step * self.tokens_per_step * self.data_ranks)
+            self.guard.restore(train_state.get("guard", {}))
             check_state_fits(self.args.data, self.loader_state)
 
     def materialize(self, resume_from: Path | None) -> None:
@@ -440,13 +444,14 @@ class Run:
             self.reducer.begin(last=number == n_batches)
             with self.autocast():
                 loss = self.model(tokens[..., 0], tokens[..., 1])
-            (loss / n_batches).backward()
+            (loss / n_batches).backward(seed_of_backward(loss))
             loss_sum += loss.detach()
             if acc_freq is not None and number < n_batches and number % acc_freq == 0:
                 with together():
                     self.log_batches(number, loss_sum / number)
         self.reducer.finish()
         norms = clip_gradients(self.model, self.args.optim.clip)
+        self.optimizer.found_inf = self.guard.decide(self.step + 1, loss_sum / n_batches, norms)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -465,6 +470,7 @@ class Run:
     def log_step(self, step: Step) -> None:
         args, device = self.args, self.world.device
         mean_loss = self.mean_over_ranks(step.loss)
+        self.guard.read(everything=True)
         # Per rank: those of a tensor-parallel group work on the same tokens.
         speed = self.stopwatch.lap(self.tokens_per_step / args.distributed.tp_size, args.steps - self.step)
         # The rate that this step was taken with; the schedule stands at the next one already.
@@ -482,6 +488,7 @@ class Run:
             "optim/total_tokens": self.total_tokens,
             **memory_metrics(device),
             "loss/out": mean_loss,
+            **self.guard.metrics(),
         }
         if step.value_grad_norm is not None:
             metrics |= {"optim/value_grad_norm": step.value_grad_norm.item(), "optim/value_lr": used[1]}
@@ -493,11 +500,14 @@ class Run:
         return reduce_sum([loss.item()])[0] / self.world.size
 
     def save(self) -> None:
+        with together():
+            check_weights(self.model, self.step)
         train_state = {
             "step": self.step,
             "acc_step": 0,
             "total_tokens": self.total_tokens,
             "data_loader_state": self.loader_state,
+            "guard": self.guard.state(),
         }
         folder = self.checkpoints.save(self.step, self.model, self.optimizer, train_state, to_dict(self.args))
         logger.info("%s %s", "writing in the background:" if self.args.checkpoint.save_async else "saved", folder)
@@ -660,11 +670,13 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         except (ValueError, OSError) as caught:
             error = caught
         # All ranks hear of it, and stop at the same step.
-        failing, stopping = any_rank(error is not None, stop_signal.name is not None)
+        run.guard.read()
+        failing, stopping, *told = reduce_sum([error is not None, stop_signal.name is not None, *run.guard.tell()])
         if failing:
             with together():
                 if error is not None:
                     raise error
+        answer_bad_steps(run, told, saved)
         if stopping:
             break
         step = run.train_step(batches)
@@ -678,6 +690,8 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             evaluate(run, stop_signal)
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()
+    run.guard.read(everything=True)
+    answer_bad_steps(run, reduce_sum(run.guard.tell()), saved)
     if run.step > saved:
         run.save()
     run.checkpoints.finish()
@@ -685,6 +699,26 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
     else:
         logger.info("done: %s steps", steps)
+
+
+def answer_bad_steps(run: Run, told: list[float], saved: int) -> None:
+    """Reports the bad steps that ranks have `told` of; where there are too many, saves and raises ValueError.
+
+    `saved`: the step of the newest checkpoint. Weights are those behind the last good step.
+    """
+    if not run.guard.hear(told):
+        return
+    with together():
+        for line in run.guard.explain():
+            if run.world.rank == 0:
+                logger.warning("%s", line)
+    if not run.guard.is_over(run.step):
+        return
+    if run.step > saved:
+        run.save()
+    run.checkpoints.finish()
+    with together():
+        raise ValueError(run.guard.why_over(run.step))
 
 
 def main() -> None:
