@@ -1,0 +1,112 @@
+"""Training in which steps are not finite, a rank sleeps, or a loader gives nothing."""
+
+import re
+
+import pytest
+import torch
+from training import list_steps, read_losses, read_metrics, start_ranks
+
+from lingua.checkpoint import consolidate_checkpoints, read_consolidated
+
+
+def weights(dump_dir, step):
+    folder = dump_dir / "checkpoints" / f"{step:010d}"
+    return read_consolidated(consolidate_checkpoints(folder) / "consolidated.pth")
+
+
+def warnings_of(dump_dir):
+    log = (dump_dir / "train.log").read_text()
+    return [line.split(maxsplit=3)[3] for line in log.splitlines() if line.startswith("W ")]
+
+
+# --- steps that are not finite --------------------------------------------------------------------------------------
+
+
+def test_a_bad_step_is_passed_over(start, tmp_path):
+    """It leaves what a step leaves in which the optimizer is not asked; a spike is told of."""
+    for name, fault in (("bad", "loss"), ("asked not", "skip")):
+        result = start(tmp_path / name, "steps=8", FAULT=f"{fault} 0 4-5").finish().ok()
+        assert result.err == ""
+    (*losses, bad), (*expected, _) = (read_losses(tmp_path / name) for name in ("bad", "asked not"))
+    assert [step for step, loss in losses if loss is None] == [4, 5]
+    assert [row for row in losses if row[1] is not None] == [row for row in expected if row[0] not in (4, 5)]
+    ours, theirs = (weights(tmp_path / name, 8) for name in ("bad", "asked not"))
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    assert [line["guard/skipped"] for line in read_metrics(tmp_path / "bad")] == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert warnings_of(tmp_path / "bad") == [
+        f"step {step} is skipped, as if it had not been: the loss is not finite (nan)" for step in (4, 5)
+    ]
+
+
+def test_a_spike_is_told_of_and_changes_nothing(start, reference, tmp_path):
+    start(tmp_path / "run", "steps=60", FAULT="spike 0 30-31").finish().ok()
+    expected = read_losses(reference)
+    assert [loss for step, loss in read_losses(tmp_path / "run") if step not in (30, 31)] == [
+        loss for step, loss in expected if step not in (30, 31)
+    ]
+    (line,) = warnings_of(tmp_path / "run")
+    assert re.match(r"step 30: a spike of the loss: 10\d\.\d+, \d+ times the usual deviation above the median ", line)
+    counts = [(line["guard/loss_spikes"], line["guard/grad_spikes"]) for line in read_metrics(tmp_path / "run")]
+    assert counts[-1] == (2, 0)
+
+
+@pytest.fixture
+def scontrol(tmp_path):
+    """Variables of a SLURM job, in which whoever calls scontrol leaves a file."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f"#!/bin/sh\ntouch {tmp_path / 'called'}\n")
+    (folder / "scontrol").chmod(0o755)
+    return {"SLURM_JOB_ID": "7", "PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_too_many_bad_steps(tiny, scontrol, tmp_path):
+    """All ranks stop, with a checkpoint of the last good weights, from which the run can go on."""
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "steps=12", "guard.max_bad_steps=3"]
+    first, second = start_ranks(2, argv, tmp_path, FAULT="gradient 1 6-100", **scontrol)
+    assert (
+        (first_result := first.finish())
+        .the_error()
+        .startswith(
+            "error: guard.max_bad_steps: 3 of the last 100 steps (6 to 8) were skipped, since loss or gradients were not "
+            "finite; the checkpoint of step 8 has the last good weights: "
+        )
+    )
+    assert first_result.code == 1
+    result = second.finish()
+    assert (result.code, result.out, result.err) == (1, "", "")
+    assert not (tmp_path / "called").exists(), "it asked SLURM for another go"
+    lines = warnings_of(tmp_path / "run")
+    assert [int(line.split()[1]) for line in lines] == [6, 7, 8]
+    wanted = r".* gradients are not finite \(gradient norm nan, .*\), before averaging on rank 1 \([^)]+\)$"
+    assert all(re.match(wanted, line) for line in lines), lines
+    assert list_steps(tmp_path / "run") == [5, 8]
+    before, behind = weights(tmp_path / "run", 5), weights(tmp_path / "run", 8)
+    assert all(torch.equal(behind[name], tensor) for name, tensor in before.items())
+
+    results = [rank.finish().ok() for rank in start_ranks(2, argv, tmp_path)]
+    assert "starting at step 8 of 12" in results[0].out
+    assert list_steps(tmp_path / "run") == [5, 8, 10, 12]
+    assert read_metrics(tmp_path / "run")[-1]["guard/skipped"] == 3
+
+
+def test_no_checkpoint_of_weights_that_are_not_finite(start, tmp_path):
+    error = start(tmp_path / "run", "steps=20", FAULT="weight 0 7").finish().the_error()
+    assert error.startswith("error: step 10: weights are not finite (layers.1.attention.wq.weight), ")
+    assert list_steps(tmp_path / "run") == [5]
+    assert [int(line.split()[1]) for line in warnings_of(tmp_path / "run")] == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("guard.max_bad_steps=0", ["guard.max_bad_steps: 0", "null"]),
+        ("guard.window=5", ["guard.window: 5", "20 or more"]),
+        ("guard={window: 30, max_bad_steps: 31}", ["guard.window: 30", "max_bad_steps"]),
+        ("guard.spike_factor=nan", ["guard.spike_factor: nan"]),
+    ],
+)
+def test_bad_arguments(start, tmp_path, argument, words):
+    line = start(tmp_path / "run", argument).finish().the_error()
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
