@@ -93,6 +93,9 @@ Batch = tuple[np.ndarray, dict[str, Any]]  # and the loader's state behind it
 # Seconds for the last of a stopped run's metrics to reach Weights & Biases.
 PATIENCE_WITH_WANDB = 60
 
+# Of distributed.timeout, after which a loader that does nothing is given up.
+PATIENCE_WITH_LOADER = 0.8
+
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
 
@@ -643,7 +646,9 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
         check_writable("dump_dir", Path(args.dump_dir), room)
         logger.info("filling the shuffle buffer: %s batches", args.data.prefetch_size)
         stack.enter_context(collecting_by_steps())
-        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
+        # The other ranks wait for this one, for as long as their timeout: they are to hear before what is wrong.
+        patience = PATIENCE_WITH_LOADER * args.distributed.timeout
+        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state, patience))
         batches = itertools.chain([next(loader)], loader)
     run.materialize(resume_from)
     with together():

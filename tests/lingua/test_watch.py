@@ -1,0 +1,56 @@
+"""Who hangs, and where: a loader that gives nothing."""
+
+import json
+import os
+import re
+import signal
+
+import psutil
+import pytest
+
+from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
+
+# --- the loader ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of a source, each of some hundred batches."""
+    (tmp_path / "a").mkdir()
+    paths = [tmp_path / "a" / f"a.chunk.{number:02d}.jsonl" for number in (0, 1)]
+    for path in paths:
+        path.write_text((json.dumps({"text": "some words of a document " * 10}) + "\n") * 2000)
+    return paths
+
+
+def read_until_it_hangs(root, hang):
+    """The error, when `hang(worker)` was called behind the first batch."""
+    args = DataArgs(root_dir=str(root), sources={"a": 1.0}, batch_size=4, seq_len=64, prefetch_size=1)
+    with build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1), timeout=1) as batches:
+        next(batches)
+        (worker,) = [child for child in psutil.Process().children() if "serve_batches" in " ".join(child.cmdline())]
+        hang(worker)
+        with pytest.raises(TimeoutError) as caught:
+            for _ in batches:
+                pass
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert f"process {worker.pid}, " in message
+    return message
+
+
+def test_a_loader_that_is_stopped(files, tmp_path):
+    message = read_until_it_hangs(tmp_path, lambda worker: worker.send_signal(signal.SIGSTOP))
+    assert re.match(r"data: the loader \(process \d+, stopped\) at ", message)
+    assert str(files[0]) in message
+
+
+def test_a_file_that_does_not_open(files, tmp_path):
+    """As on a disk that does not answer: the file, not the one before it, is named."""
+
+    def replace(_worker):
+        files[1].unlink()
+        os.mkfifo(files[1])
+
+    message = read_until_it_hangs(tmp_path, replace)
+    assert f"at {files[1]} has read no document for 1 s" in message
