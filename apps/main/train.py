@@ -85,6 +85,7 @@ from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedul
 from lingua.parallelize import local_bytes, parallelize, splits_tables_by_rows, validate_parallelism
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
+from lingua.watch import WAITING_FOR_RANKS, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +302,7 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
     up for when the run goes on.
     """
     args, step = run.args, run.step
+    run.watch.at("evaluating", step, has_limit=False)
     run.checkpoints.finish()
     wanted = evaluation_args(args, step)
     try:
@@ -376,8 +378,8 @@ class Step:
 class Run:
     """A run's moving parts, and how far it is: `step` optimizer steps done, the loader at `loader_state`."""
 
-    def __init__(self, args: TrainArgs, world: World):
-        self.args, self.world = args, world
+    def __init__(self, args: TrainArgs, world: World, watch: Watch):
+        self.args, self.world, self.watch = args, world, watch
         self.step, self.total_tokens = 0, 0
         self.evaluation_stopped = False
         self.data_rank, self.data_ranks = data_rank(args.distributed, world)
@@ -435,6 +437,7 @@ class Run:
 
     def fetch(self, loader: Iterator[Batch]) -> list[Batch]:
         """The batches of the next step."""
+        self.watch.at("waiting for data", self.step + 1)
         with self.stopwatch.waiting_for_data():
             return [next(loader) for _ in range(self.args.grad_acc_steps)]
 
@@ -471,6 +474,7 @@ class Run:
             logger.info("step: %s  acc: %s  loss: %.4f", self.step, acc_step, mean)
 
     def log_step(self, step: Step) -> None:
+        self.watch.at("logging", self.step)
         args, device = self.args, self.world.device
         mean_loss = self.mean_over_ranks(step.loss)
         self.guard.read(everything=True)
@@ -503,6 +507,7 @@ class Run:
         return reduce_sum([loss.item()])[0] / self.world.size
 
     def save(self) -> None:
+        self.watch.at("saving a checkpoint", self.step)
         with together():
             check_weights(self.model, self.step)
         train_state = {
@@ -611,8 +616,9 @@ def train(args: TrainArgs) -> None:
         stack.enter_context(process_group(world, args.distributed.timeout))
         # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
         stop_signal = stack.enter_context(StopSignal())
+        watch = stack.enter_context(Watch(args.distributed.timeout, Path(args.dump_dir) / "stacks"))
         with together():
-            run = Run(args, world)
+            run = Run(args, world, watch)
             found = run.find_checkpoint()
         resume_from = from_first_rank(found)
         with together():
@@ -675,8 +681,10 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         except (ValueError, OSError) as caught:
             error = caught
         # All ranks hear of it, and stop at the same step.
+        run.watch.at(WAITING_FOR_RANKS, run.step + 1)
         run.guard.read()
         failing, stopping, *told = reduce_sum([error is not None, stop_signal.name is not None, *run.guard.tell()])
+        run.watch.at("computing", run.step + 1)
         if failing:
             with together():
                 if error is not None:
@@ -695,6 +703,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             evaluate(run, stop_signal)
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()
+    run.watch.at("ending", run.step, has_limit=False)
     run.guard.read(everything=True)
     answer_bad_steps(run, reduce_sum(run.guard.tell()), saved)
     if run.step > saved:

@@ -89,3 +89,35 @@ def test_no_checkpoint_of_weights_that_are_not_finite(start, tmp_path):
     assert error.startswith("error: step 10: weights are not finite (layers.1.attention.wq.weight), ")
     assert list_steps(tmp_path / "run") == [5]
     assert [int(line.split()[1]) for line in warnings_of(tmp_path / "run")] == [8, 9]
+
+
+# --- who hangs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_group(tmp_path):
+    """`start_ranks`, of which nothing outlives the test."""
+    started = []
+
+    def start(n_ranks, argv, **variables):
+        started.extend(ranks := start_ranks(n_ranks, argv, tmp_path, **variables))
+        return ranks
+
+    yield start
+    for rank in started:
+        rank.kill()
+        rank.process.join()
+
+
+def test_a_rank_that_sleeps_is_named_with_its_place(tiny, start_group, tmp_path):
+    """The others end, and it has left its stack."""
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "distributed.timeout=3"]
+    first, second, third = start_group(3, argv, FAULT="sleep 1 4")
+    stack = tmp_path / "run" / "stacks" / "rank_00001.txt"
+    for rank in (first, third):
+        error = rank.finish().the_error()
+        place = rf"on \S+, step 4, computing since [\d:]+, last sign at [\d:]+, stack in {stack}"
+        assert re.match(rf"error: lost rank 1 \({place}\): dead, or ", error), error
+    assert "time.sleep" in stack.read_text()
+    assert second.wait_for(second.err)
+    assert f"[rank 1] step 4: computing for 3 s by now (distributed.timeout); its stack is in {stack}" in second.err()

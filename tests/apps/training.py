@@ -204,6 +204,9 @@ class Training:
         """What it has printed so far."""
         return self._read("out")
 
+    def err(self) -> str:
+        return self._read("err")
+
     def _read(self, name: str) -> str:
         file = Path(f"{self._logs}.{name}")
         return file.read_text() if file.exists() else ""
