@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -80,11 +80,11 @@ class Watch:
         self.interval = min(timeout / 10, INTERVAL)
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._thread_id = threading.get_ident()
-        self._doing = _Doing("starting", 0, 0, time.monotonic(), True)
+        self._doing = _Doing("starting", 0, 0, time.monotonic(), False)
         self._reported: _Doing | None = None
         self._stack_file: str | None = None
         self._first_look: tuple[float, Signs] | None = None
-        self._ended = threading.Event()
+        self._ended, self._news = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watch", daemon=True)]
         if self.size > 1:
             # A thread of its own: the store may be kept by a rank that hangs.
@@ -97,6 +97,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._news.set()
         for thread in self._threads:
             thread.join(1)
         faulthandler.cancel_dump_traceback_later()
@@ -105,14 +106,21 @@ class Watch:
         """From now on the main thread is `what` ("waiting for data"), in `step`. `has_limit`: for `timeout` at most."""
         before = self._doing
         self._doing = _Doing(what, step, before.number + 1, time.monotonic(), has_limit)
-        if before is self._reported:
+        if before is self._reported and self.rank == 0:
             logger.warning("step %s: went on after %.0f s of %s", step, self._doing.since - before.since, before.what)
 
     def _give_signs(self) -> None:
         store = dist.distributed_c10d._get_default_store()
+        told_that_it_is_stuck = None
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it
-            while True:
+            while not self._ended.is_set():
+                self._news.clear()
                 doing = self._doing
+                is_stuck = doing is self._reported
+                # Who is stuck says so once: when others end for it, their store goes, and torch would complain.
+                if is_stuck and doing is told_that_it_is_stuck:
+                    self._news.wait(self.interval)
+                    continue
                 sign = {
                     "host": platform.node(),
                     "what": doing.what,
@@ -120,11 +128,12 @@ class Watch:
                     "number": doing.number,
                     "since": time.time() - (time.monotonic() - doing.since),
                     "now": time.time(),
-                    "stack": self._stack_file,
+                    "stack": self._stack_file if is_stuck else None,
+                    "is_stuck": is_stuck,
                 }
                 store.set(_sign_key(self.rank), json.dumps(sign))
-                if self._ended.wait(self.interval):
-                    return
+                told_that_it_is_stuck = doing if is_stuck else None
+                self._news.wait(self.interval)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._pause()):
@@ -146,19 +155,22 @@ class Watch:
         return min(self.interval, left + 0.01) if left > 0 and doing.has_limit else self.interval
 
     def _report(self, doing: _Doing, passed: float) -> None:
-        self._reported = doing
         frame = sys._current_frames().get(self._thread_id)
         if frame is None or doing.what == WAITING_FOR_RANKS:
+            self._reported = doing
             return
         file = self.folder / f"rank_{self.rank:05d}.txt"
         where = f"its stack is in {file}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             head = f"{platform.node()}, process {os.getpid()}, step {doing.step}, {doing.what} for {passed:.0f} s\n\n"
-            file.write_text(head + "".join(traceback.format_stack(frame)))
+            with open(file, "a") as stacks:
+                stacks.write(head + "".join(traceback.format_stack(frame)) + "\n")
             self._stack_file = str(file)
         except OSError as error:
             where = f"its stack could not be written ({error})"
+        self._reported = doing
+        self._news.set()
         if self.rank == 0:  # others are told of by whoever waits for them
             doing_it = doing.what + (" (or waiting for another rank)" if self.size > 1 else "")
             message = "step %s: %s for %.0f s by now (distributed.timeout); %s"
@@ -168,8 +180,10 @@ class Watch:
         """Lost are those that give no signs any more, and those behind this one, where none is ahead of it."""
         try:
             signs = _with_limit(lambda: _read_signs(range(self.size)), PATIENCE_WITH_OTHER_RANKS)
-        except (RuntimeError, FutureTimeoutError):
-            _leave(KEEPER if self.rank else "another rank", passed)
+        except RuntimeError:
+            self._leave("another rank", passed)
+        except FutureTimeoutError:
+            self._leave(KEEPER if self.rank else "another rank", passed)
         if self._first_look is None:
             self._first_look = time.monotonic(), signs
         since, before = self._first_look
@@ -179,22 +193,25 @@ class Watch:
         lost = [
             rank
             for rank in range(self.size)
-            if rank != self.rank
-            and (rank not in signs or signs[rank] == before.get(rank) or signs[rank]["number"] < doing.number)
+            if rank not in signs
+            or signs[rank]["number"] < doing.number
+            or (signs[rank] == before.get(rank) and not signs[rank]["is_stuck"])
         ]
         if lost:
-            _leave(_describe(lost, signs), passed)
+            self._leave(_describe(lost, signs), passed)
 
-
-def _leave(lost: str, passed: float) -> None:
-    """Ends the process, whatever its main thread waits in."""
-    if not is_first_to_tell():
-        return
-    logging.shutdown()
-    sys.stdout.flush()
-    message = f"error: lost {lost}: without an answer for {passed:.0f} s (distributed.timeout)"
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
-    os._exit(1)
+    def _leave(self, lost: str, passed: float) -> NoReturn:
+        """Ends the process, whatever its main thread waits in."""
+        if not is_first_to_tell():
+            threading.Event().wait()
+        faulthandler.cancel_dump_traceback_later()
+        logging.shutdown()
+        sys.stdout.flush()
+        message = f"error: lost {lost}: without an answer for {passed:.0f} s (distributed.timeout)"
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+        if self.rank == 0:  # it keeps the store that others still ask
+            time.sleep(PATIENCE_WITH_OTHER_RANKS)
+        os._exit(1)
 
 
 def is_first_to_tell() -> bool:

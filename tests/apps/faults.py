@@ -5,6 +5,7 @@ gradient   is NaN, at one place of what flows back through the second block
 spike      the loss is higher by 100
 weight     one is infinite behind the step
 sleep      before the step
+pause      of two seconds before it
 skip       the optimizer is not asked in the step: what a bad step must be like
 """
 
@@ -73,4 +74,8 @@ def sleep(run, stack):
     time.sleep(100_000)
 
 
-FAULTS = {function.__name__: function for function in (loss, spike, gradient, weight, skip, sleep)}
+def pause(run, stack):
+    time.sleep(2)
+
+
+FAULTS = {function.__name__: function for function in (loss, spike, gradient, weight, skip, sleep, pause)}

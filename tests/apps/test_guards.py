@@ -111,7 +111,7 @@ def start_group(tmp_path):
 
 def test_a_rank_that_sleeps_is_named_with_its_place(tiny, start_group, tmp_path):
     """The others end, and it has left its stack."""
-    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "distributed.timeout=3"]
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "distributed.timeout=5"]
     first, second, third = start_group(3, argv, FAULT="sleep 1 4")
     stack = tmp_path / "run" / "stacks" / "rank_00001.txt"
     for rank in (first, third):
@@ -119,5 +119,15 @@ def test_a_rank_that_sleeps_is_named_with_its_place(tiny, start_group, tmp_path)
         place = rf"on \S+, step 4, computing since [\d:]+, last sign at [\d:]+, stack in {stack}"
         assert re.match(rf"error: lost rank 1 \({place}\): dead, or ", error), error
     assert "time.sleep" in stack.read_text()
-    assert second.wait_for(second.err)
-    assert f"[rank 1] step 4: computing for 3 s by now (distributed.timeout); its stack is in {stack}" in second.err()
+    assert second.err() == ""
+
+
+def test_a_step_that_takes_too_long_is_told_of(start, tmp_path):
+    """A process alone goes on."""
+    start(tmp_path / "run", "steps=4", "distributed.timeout=1", FAULT="pause 0 3").finish().ok()
+    stack = tmp_path / "run" / "stacks" / "rank_00000.txt"
+    first, second = [line for line in warnings_of(tmp_path / "run") if "step 3" in line and "computing" in line]
+    assert first == f"step 3: computing for 1 s by now (distributed.timeout); its stack is in {stack}"
+    assert re.fullmatch(r"step 3: went on after \d+ s of computing", second)
+    assert "time.sleep(2)" in stack.read_text()
+    assert read_losses(tmp_path / "run")[-1][0] == 4

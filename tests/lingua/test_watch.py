@@ -4,11 +4,17 @@ import json
 import os
 import re
 import signal
+import time
+from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
+from ranks import run_ranks
 
+from lingua import watch as watch_module
 from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.watch import Watch
 
 # --- the loader ---------------------------------------------------------------------------------------------------
 
@@ -54,3 +60,37 @@ def test_a_file_that_does_not_open(files, tmp_path):
 
     message = read_until_it_hangs(tmp_path, replace)
     assert f"at {files[1]} has read no document for 1 s" in message
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------
+
+
+def wait_for_one_that_sleeps(folder):
+    """What a rank does that waits in something without a time limit, and one that is behind it."""
+    watch_module.PATIENCE_WITH_COLLECTIVES = 1
+    os.dup2(os.open(f"{folder}/{dist.get_rank()}.err", os.O_CREAT | os.O_WRONLY), 2)
+    with Watch(0.5, Path(folder) / "stacks") as watch:
+        watch.at("waiting for data", 7)
+        dist.barrier()
+        if dist.get_rank() != 1:
+            watch.at("computing", 7)
+        time.sleep(100_000)
+
+
+def test_who_waits_without_a_limit_ends(tmp_path):
+    """As for a GPU, whose driver waits for ever: all but the rank that is behind end, and name it."""
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(3, wait_for_one_that_sleeps, str(tmp_path))
+    assert re.findall(r"rank (\d) of 3: gone without a word, exit code 1", str(caught.value)) in (
+        ["0", "2"],
+        ["2", "0"],
+    )
+    stack = tmp_path / "stacks" / "rank_00001.txt"
+    place = rf"on \S+, step 7, waiting for data since [\d:]+, last sign at [\d:]+, stack in {stack}"
+    for rank in (0, 2):
+        lines = (tmp_path / f"{rank}.err").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith("error: ")]
+        assert re.fullmatch(
+            rf"error: lost rank 1 \({place}\): without an answer for \d+ s \(distributed.timeout\)", line
+        )
+    assert "wait_for_one_that_sleeps" in stack.read_text()
