@@ -177,7 +177,7 @@ class Watch:
             logger.warning(message, doing.step, doing_it, passed, where)
 
     def _leave_if_others_are_lost(self, doing: _Doing, passed: float) -> None:
-        """Lost are those that give no signs any more, and those behind this one, where none is ahead of it."""
+        """Lost are those that give no signs any more, or else those that are behind all others."""
         try:
             signs = _with_limit(lambda: _read_signs(range(self.size)), PATIENCE_WITH_OTHER_RANKS)
         except RuntimeError:
@@ -187,17 +187,15 @@ class Watch:
         if self._first_look is None:
             self._first_look = time.monotonic(), signs
         since, before = self._first_look
-        is_ahead = any(sign["number"] > doing.number for sign in signs.values())
-        if is_ahead or time.monotonic() - since < 3 * self.interval:
+        if time.monotonic() - since < 3 * self.interval:
             return
+        numbers = [sign["number"] for sign in signs.values()]
         lost = [
             rank
             for rank in range(self.size)
-            if rank not in signs
-            or signs[rank]["number"] < doing.number
-            or (signs[rank] == before.get(rank) and not signs[rank]["is_stuck"])
-        ]
-        if lost:
+            if rank not in signs or (signs[rank] == before.get(rank) and not signs[rank]["is_stuck"])
+        ] or [rank for rank, sign in signs.items() if sign["number"] == min(numbers) < max(numbers)]
+        if lost and self.rank not in lost:
             self._leave(_describe(lost, signs), passed)
 
     def _leave(self, lost: str, passed: float) -> NoReturn:
