@@ -18,7 +18,6 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -34,10 +33,10 @@ NORMS = ("gradient norm", "gradient norm of the value tables")
 
 # Values that a running median is made of at the least.
 MIN_VALUES = 20
-# Deviations are counted in units of the usual one, and of this share of the median where values hardly vary at all.
+# The usual deviation is taken from the value that this share does not exceed, and the one that it is not below, which
+# are so many standard deviations from the median where values are normal. At the least it is a share of the median.
+HIGH_SHARE, HIGH_SIGMAS = 0.9, 1.2816
 LEAST_DEVIATION = 0.01
-# The median absolute deviation times this is the standard deviation where values are normal.
-SIGMAS_PER_MAD = 1.4826
 
 
 @dataclass
@@ -268,11 +267,8 @@ class Usual:
         n_values = len(self._sorted)
         if n_values < MIN_VALUES:
             return None
-        middle = self._sorted[n_values // 2]
-        deviation = LEAST_DEVIATION * abs(middle)
-        if value - middle <= factor * deviation:  # nearly always, and quickly
-            return None
-        deviation = max(deviation, SIGMAS_PER_MAD * median(abs(other - middle) for other in self._sorted))
+        low, middle, high = (self._sorted[int(share * n_values)] for share in (1 - HIGH_SHARE, 0.5, HIGH_SHARE))
+        deviation = max((high - middle) / HIGH_SIGMAS, (middle - low) / HIGH_SIGMAS, LEAST_DEVIATION * abs(middle))
         if value - middle <= factor * deviation or deviation == 0:
             return None
         times = (value - middle) / deviation
