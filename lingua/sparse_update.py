@@ -108,7 +108,7 @@ class SparseAdamW(AdamW):
             for tensor, new in zip((mean, square, table), updated, strict=True):
                 tensor.index_copy_(0, read, new.to(tensor.dtype))
         if skipped is not None:
-            state["step"] -= skipped
+            state["step"] -= skipped.to(parameter.device)
 
     def _generator(self, parameter: nn.Parameter, step: int) -> torch.Generator:
         key = (self.seed, step, self._numbers[parameter], _first_column(parameter))
