@@ -105,8 +105,7 @@ class Guard:
         self._usual = {name: Usual(args.window) for name in ("loss", *NORMS)}
         self._own_gradients = torch.zeros((), device=world.device)
         if world.size > 1:
-            # The residual stream carries what is not finite anywhere in a backward pass down to the embedding.
-            model.tok_embeddings.register_forward_hook(self._watch_gradient)
+            self._watch_gradients(model)
 
     def state(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in COUNTS}
@@ -118,12 +117,17 @@ class Guard:
     def metrics(self) -> dict[str, int]:
         return {f"guard/{name}": count for name, count in self.state().items()}
 
-    def _watch_gradient(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(self._note_gradient)
+    def _watch_gradients(self, model: nn.Module) -> None:
+        """At the embedding: the residual stream carries down to it what is not finite anywhere in a backward pass."""
 
-    def _note_gradient(self, grad: torch.Tensor) -> None:
-        self._own_gradients.add_(local_part(grad).sum(dtype=torch.float32), alpha=0)
+        def note(grad: torch.Tensor) -> None:
+            self._own_gradients.add_(local_part(grad).sum(dtype=torch.float32), alpha=0)
+
+        def watch(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(note)
+
+        model.tok_embeddings.register_forward_hook(watch)
 
     @torch.no_grad()
     def decide(self, step: int, loss: torch.Tensor, norms: Iterable[torch.Tensor | None]) -> torch.Tensor:

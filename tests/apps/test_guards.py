@@ -1,10 +1,12 @@
 """Training in which steps are not finite, a rank sleeps, or a loader gives nothing."""
 
 import re
+import signal
 
+import psutil
 import pytest
 import torch
-from training import list_steps, read_losses, read_metrics, start_ranks
+from training import last_step, list_steps, read_losses, read_metrics, start_ranks
 
 from lingua.checkpoint import consolidate_checkpoints, read_consolidated
 
@@ -120,6 +122,20 @@ def test_a_rank_that_sleeps_is_named_with_its_place(tiny, start_group, tmp_path)
         assert re.match(rf"error: lost rank 1 \({place}\): dead, or ", error), error
     assert "time.sleep" in stack.read_text()
     assert second.err() == ""
+
+
+def test_a_loader_that_hangs_ends_all_ranks(tiny, start_group, tmp_path):
+    """In one line, on the rank whose loader it is."""
+    argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", "steps=100000", "distributed.timeout=5"]
+    first, second = start_group(2, argv)
+    assert first.wait_for(lambda: last_step(tmp_path / "run") >= 2)
+    (loader,) = psutil.Process(second.process.pid).children()
+    loader.send_signal(signal.SIGSTOP)
+    error = second.finish().the_error()
+    file = rf"{tiny.parents[1]}\S*/(alpha|beta)\.chunk\.\d+\.jsonl"
+    assert re.match(rf"error: data: the loader \(process {loader.pid}, stopped\) at {file} has read no ", error), error
+    result = first.finish()
+    assert (result.code, result.err) == (1, "")
 
 
 def test_a_step_that_takes_too_long_is_told_of(start, tmp_path):
