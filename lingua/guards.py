@@ -16,7 +16,7 @@ import math
 import platform
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -191,7 +191,7 @@ class Guard:
 
         Raises ValueError where ranks have not decided alike, so that their weights differ now.
         """
-        gathered = gather_objects((f"rank {self.world.rank} ({platform.node()})", self._alarming))
+        gathered = gather_objects((self._here(), self._alarming))
         ranks = [rank for rank, _ in gathered]
         lines = []
         for readings in zip(*(readings for _, readings in gathered), strict=True):
@@ -205,6 +205,25 @@ class Guard:
             if skipped:
                 lines.append(_explain(readings, ranks))
         return lines
+
+    def step_to_compute_again(self) -> int | None:
+        """Of the bad steps that were heard of, the first with a loss that is not finite, where none was skipped just
+        before: its forward pass may tell more. The same on all ranks.
+        """
+        wrong = gather_objects([reading.step for reading in self._alarming if not math.isfinite(reading.loss)])
+        step = min(sum(wrong, []), default=None)
+        return None if step is None or step - 1 in self._skipped_lately else step
+
+    def explain_again(self, model: nn.Module, step: int, forward: Callable[[], object]) -> str:
+        """Where in the model something is not finite when `forward` computes the step's loss once more."""
+        gathered = gather_objects((self._here(), find_origin(model, forward)))
+        origins = [f"{origin}" + (f" on {rank}" if self.world.size > 1 else "") for rank, origin in gathered if origin]
+        if not origins:
+            return f"step {step}, computed again, is finite everywhere: that was a passing fault, of a machine perhaps"
+        return f"step {step}, computed again: the first output that is not finite is that of {', '.join(origins)}"
+
+    def _here(self) -> str:
+        return f"rank {self.world.rank} ({platform.node()})"
 
     def is_over(self, step: int) -> bool:
         """Whether too many of the steps up to `step` were skipped."""
@@ -240,6 +259,29 @@ def _explain(readings: tuple[Reading, ...], ranks: list[str]) -> str:
     else:
         what = f"gradients are not finite ({norms}), but on no rank those between the layers"
     return f"step {first.step} is skipped, as if it had not been: {what}"
+
+
+@torch.no_grad()
+def find_origin(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """The name of the first block, or other part of `model`, whose output is not finite in `forward`, which runs it."""
+    found = []
+
+    def look(name: str) -> Callable:
+        def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            if not found and not local_part(output).isfinite().all():
+                found.append(name)
+
+        return hook
+
+    parts = {"tok_embeddings": model.tok_embeddings, "norm": model.norm, "output": model.output}
+    parts |= {f"layers.{number}": block for number, block in enumerate(model.layers)}
+    hooks = [part.register_forward_hook(look(name)) for name, part in parts.items()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 class Spike(NamedTuple):

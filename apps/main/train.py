@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,7 @@ from lingua.metrics import (
     validate_logging_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
-from lingua.parallelize import local_bytes, parallelize, splits_tables_by_rows, validate_parallelism
+from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
 from lingua.watch import WAITING_FOR_RANKS, Watch
@@ -96,6 +97,9 @@ PATIENCE_WITH_WANDB = 60
 
 # Of distributed.timeout, after which a loader that does nothing is given up.
 PATIENCE_WITH_LOADER = 0.8
+
+# Steps whose batches are at hand to be computed again: on a GPU a bad one is found when the next but one begins.
+BATCHES_KEPT = 3
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
@@ -400,6 +404,7 @@ class Run:
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
         self.guard = Guard(args.guard, self.model, world)
+        self.latest_batches: deque[tuple[int, list[Batch]]] = deque(maxlen=BATCHES_KEPT)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if any, as the first rank sees it: others may see the disk later."""
@@ -445,6 +450,7 @@ class Run:
         """All batches forward and backward; gradients are averaged over ranks, clipped and used once."""
         n_batches, acc_freq = self.args.grad_acc_steps, self.args.logging.acc_freq
         loss_sum = torch.zeros((), device=self.world.device)
+        self.latest_batches.append((self.step + 1, batches))
         for number, (batch, self.loader_state) in enumerate(batches, start=1):
             tokens = torch.from_numpy(batch).to(self.world.device)
             self.reducer.begin(last=number == n_batches)
@@ -465,6 +471,14 @@ class Run:
         self.total_tokens += self.tokens_per_step * self.data_ranks
         self.stopwatch.count_step()
         return Step(loss_sum / n_batches, *norms)
+
+    def compute_again(self, step: int) -> None:
+        """The forward passes of one of the latest steps, with the weights of now."""
+        for batch, _ in dict(self.latest_batches)[step]:
+            tokens = torch.from_numpy(batch).to(self.world.device)
+            with self.autocast():
+                self.model(tokens[..., 0], tokens[..., 1])
+        reshard(self.model)
 
     def log_batches(self, acc_step: int, loss: torch.Tensor) -> None:
         """The loss within a step, over its first `acc_step` batches."""
@@ -723,9 +737,13 @@ def answer_bad_steps(run: Run, told: list[float], saved: int) -> None:
     if not run.guard.hear(told):
         return
     with together():
-        for line in run.guard.explain():
-            if run.world.rank == 0:
-                logger.warning("%s", line)
+        lines = run.guard.explain()
+    step = run.guard.step_to_compute_again()
+    if step is not None:
+        lines.append(run.guard.explain_again(run.model, step, lambda: run.compute_again(step)))
+    if run.world.rank == 0:
+        for line in lines:
+            logger.warning("%s", line)
     if not run.guard.is_over(run.step):
         return
     if run.step > saved:

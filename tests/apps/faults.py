@@ -5,7 +5,7 @@ gradient   is NaN, at one place of what flows back through the second block
 spike      the loss is higher by 100
 weight     one is infinite behind the step
 sleep      before the step
-pause      of two seconds before it
+pause      of four seconds before it
 skip       the optimizer is not asked in the step: what a bad step must be like
 """
 
@@ -75,7 +75,7 @@ def sleep(run, stack):
 
 
 def pause(run, stack):
-    time.sleep(2)
+    time.sleep(4)
 
 
 FAULTS = {function.__name__: function for function in (loss, spike, gradient, weight, skip, sleep, pause)}

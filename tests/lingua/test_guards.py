@@ -12,6 +12,7 @@ from torch import nn
 from lingua.distributed import World, local_part, reduce_sum
 from lingua.guards import Guard, GuardArgs, Usual, check_weights, seed_of_backward, validate_guard_args
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
+from lingua.parallelize import reshard
 
 NAN, INF = float("nan"), float("inf")
 
@@ -84,6 +85,11 @@ class Trainer:
         self.guard.read()
         return self.guard.explain() if self.guard.hear(reduce_sum(self.guard.tell())) else []
 
+    def forward(self):
+        with self.autocast:
+            self.model(torch.ones(2, SEQ_LEN, dtype=torch.long))
+        reshard(self.model)
+
     def state(self):
         """Copies of weights, moments and numbers of steps."""
         state = {}
@@ -102,6 +108,9 @@ def spoil(every_case):
         before = trainer.state()
         for fault in faults:
             lines = trainer.step(fault)
+            step = trainer.guard.step_to_compute_again()
+            if step is not None:
+                lines.append(trainer.guard.explain_again(trainer.model, step, trainer.forward))
             now = trainer.state()
             of_case[fault] = [
                 now.keys() == before.keys() and all(map(torch.equal, now.values(), before.values())),
@@ -129,8 +138,10 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any():
             for fault, (is_same, lines) in of_case.items():
                 what = f"{model}, {layout}, {fault}: {lines}"
                 assert is_same, what
-                (line,) = lines
+                line, *again = lines
                 assert " is skipped" in line, what
+                # Not again, where the step before was bad as well.
+                assert [" is finite everywhere" in other for other in again] == [True] * (fault == "loss nan"), what
                 assert "rank 1 (" in line, what
                 # Ranks of tensor parallelism give it to each other within the pass.
                 assert "rank 0 (" not in line or "tp_size" in layout, what
