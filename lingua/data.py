@@ -23,17 +23,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import queue
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -166,11 +169,15 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 class SourceReader:
-    """Endless texts of one source for one stream. A pass goes through its shares in the order of the files."""
+    """Endless texts of one source for one stream. A pass goes through its shares in the order of the files.
 
-    def __init__(self, name: str, shares: list[Share]):
+    `show`: is told of each file before it is touched, for whoever watches.
+    """
+
+    def __init__(self, name: str, shares: list[Share], show: Callable[[Path], None] = lambda path: None):
         self.name = name
         self.shares = shares
+        self.show = show
         # The next line to read: share, line number (from 0), byte offset, and the pass; `found` tells whether this
         # pass has given a document yet.
         self.share, self.line, self.offset, self.n_pass, self.found = 0, 0, 0, 0, False
@@ -183,6 +190,7 @@ class SourceReader:
         self.close()
         self.share, self.line, self.offset, self.n_pass, self.found = state
         path = self.shares[self.share].path
+        self.show(path)
         if path.stat().st_size < self.offset:
             raise ValueError(
                 f"{path}: {path.stat().st_size} bytes, but the checkpoint had read {self.offset}; it was cut"
@@ -194,6 +202,7 @@ class SourceReader:
             self._file = None
 
     def next_document(self) -> str:
+        self.show(self.shares[self.share].path)
         while True:
             path, first, last, modulus = self.shares[self.share]
             if self._file is None:
@@ -222,6 +231,7 @@ class SourceReader:
                 )
             self.share, self.found = 0, False
             self.n_pass += 1
+        self.show(self.shares[self.share].path)
 
 
 class Mixture:
@@ -581,7 +591,7 @@ def _collect_streams(states: list[State]) -> list[State]:
 # --- the loader --------------------------------------------------------------------------------------------------
 
 
-def _build_streams(args: DataArgs, state: State) -> list[RowStream]:
+def _build_streams(args: DataArgs, state: State, show: Callable[[Path], None]) -> list[RowStream]:
     """The streams that the state's rank reads, at their places. `args` are those of the run's start."""
     n_streams = state["made_with"]["streams"]
     tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
@@ -589,7 +599,7 @@ def _build_streams(args: DataArgs, state: State) -> list[RowStream]:
     for stream in state["streams"]:
         number = stream["stream"]
         readers = [
-            SourceReader(name, share_files(find_files(args.root_dir, name, TRAIN_FILES), number, n_streams))
+            SourceReader(name, share_files(find_files(args.root_dir, name, TRAIN_FILES), number, n_streams), show)
             for name in args.sources
         ]
         mixture = Mixture(readers, list(args.sources.values()), (args.seed, number, n_streams))
@@ -598,23 +608,28 @@ def _build_streams(args: DataArgs, state: State) -> list[RowStream]:
     return streams
 
 
-def _iterate(args: DataArgs, state: State) -> Iterator[tuple[np.ndarray, State]]:
+def _iterate(
+    args: DataArgs, state: State, show: Callable[[Path], None] = lambda path: None
+) -> Iterator[tuple[np.ndarray, State]]:
     check_state_fits(args, state)
-    reader = BatchReader(_build_streams(_args_at_start(args, state), state), args, state["turn"])
+    reader = BatchReader(_build_streams(_args_at_start(args, state), state, show), args, state["turn"])
     while True:
         batch = reader.next_batch()
         yield batch, {**state, "streams": reader.state()}
 
 
 @contextlib.contextmanager
-def build_dataloader_from_args(args: DataArgs, state: State) -> Iterator[Iterator[tuple[np.ndarray, State]]]:
+def build_dataloader_from_args(
+    args: DataArgs, state: State, timeout: float | None = None
+) -> Iterator[Iterator[tuple[np.ndarray, State]]]:
     """An endless iterator of `(batch, state)`; `state` resumes behind that batch.
 
     A batch is int64 of shape (batch_size, seq_len, n_views); view 0 is the input, view 1 the target. Errors of the
-    data (ValueError with file and line, OSError) come out of `next()`, from the worker process too.
+    data (ValueError with file and line, OSError) come out of `next()`, from the worker process too. So does
+    TimeoutError, where that process neither gives a batch nor reads a document for `timeout` seconds.
     """
     if args.load_async:
-        worker = _Worker(args, state)
+        worker = _Worker(args, state, timeout)
         try:
             yield iter(worker)
         finally:
@@ -636,19 +651,65 @@ def build_dataloader_from_args(args: DataArgs, state: State) -> Iterator[Iterato
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
+class _Place:
+    """Memory in which a process says what file it is at, to be read by another one even while the first one hangs.
+
+    The number of times that it was said (8 bytes), the length of the file's name (2), the name.
+    """
+
+    SIZE = 2**13
+
+    def __init__(self, descriptor: int | None = None):
+        if descriptor is None:
+            if hasattr(os, "memfd_create"):
+                descriptor = os.memfd_create("data-loader")
+            else:
+                with tempfile.TemporaryFile() as file:
+                    descriptor = os.dup(file.fileno())
+            os.truncate(descriptor, self.SIZE)
+        self.descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, self.SIZE)
+        self._path: Path | None = None
+        self._times = 0
+
+    def show(self, path: Path) -> None:
+        if path is not self._path:
+            self._path = path
+            name = os.fsencode(path)[: self.SIZE - 10]
+            struct.pack_into(f"<H{len(name)}s", self._memory, 8, len(name), name)
+        self._times += 1
+        struct.pack_into("<Q", self._memory, 0, self._times)
+
+    def read(self) -> tuple[int, str]:
+        """How often something was said, and the file's name, which is empty as long as nothing was."""
+        times, length = struct.unpack_from("<QH", self._memory)
+        return times, os.fsdecode(self._memory[10 : 10 + length])
+
+    def close(self) -> None:
+        self._memory.close()
+        os.close(self.descriptor)
+
+
 class _Worker:
     """Runs `serve_batches` in a process of its own and hands its batches on; ends with the process that made it."""
 
-    def __init__(self, args: DataArgs, state: State):
+    def __init__(self, args: DataArgs, state: State, timeout: float | None = None):
+        self.timeout = timeout
+        self._place = _Place()
         package_root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         # The worker inherits these signals blocked, so that none ends it before it has said that it ignores them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from lingua.data import serve_batches; serve_batches()"],
+                [
+                    sys.executable,
+                    "-c",
+                    f"from lingua.data import serve_batches; serve_batches({self._place.descriptor})",
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pass_fds=[self._place.descriptor],
                 env={**os.environ, "PYTHONPATH": path},
             )
         finally:
@@ -664,10 +725,36 @@ class _Worker:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, State]]:
         while True:
-            item = self._queue.get()
+            item = self._get()
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def _get(self) -> tuple[np.ndarray, State] | BaseException:
+        if self.timeout is None:
+            return self._queue.get()
+        times, since = self._place.read()[0], time.monotonic()
+        while True:
+            try:
+                return self._queue.get(timeout=self.timeout / 20)
+            except queue.Empty:
+                before, (times, path) = times, self._place.read()
+            if times != before:
+                since = time.monotonic()
+            elif time.monotonic() - since > self.timeout:
+                return TimeoutError(self._describe_silence(path))
+
+    def _describe_silence(self, path: str) -> str:
+        import psutil
+
+        status = "gone"
+        with contextlib.suppress(psutil.Error):
+            status = psutil.Process(self._process.pid).status()
+        at = f"at {path}" if path else "that has not opened a file yet"
+        return (
+            f"data: the loader (process {self._process.pid}, {status}) {at} has read no document for "
+            f"{self.timeout:.0f} s; see whether that disk answers, or raise distributed.timeout"
+        )
 
     def close(self) -> None:
         # Nothing of worth lies in the worker: whoever trains holds the state of the last batch that it used.
@@ -678,6 +765,7 @@ class _Worker:
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.01)
         self._process.stdout.close()
+        self._place.close()
         self._queue.put(RuntimeError("data: the loader is closed"))
 
     def _receive(self) -> None:
@@ -714,8 +802,11 @@ class _Worker:
         return data
 
 
-def serve_batches() -> None:
-    """The worker's main program: arguments and state as JSON on stdin, batches on stdout until the pipe closes."""
+def serve_batches(place: int) -> None:
+    """The worker's main program: arguments and state as JSON on stdin, batches on stdout until the pipe closes.
+
+    `place`: the descriptor of the memory in which it says what file it is at.
+    """
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
@@ -733,7 +824,7 @@ def serve_batches() -> None:
         request = json.loads(sys.stdin.buffer.read())
         fields = request["args"]
         args = DataArgs(**{**fields, "tokenizer": TokenizerArgs(**fields["tokenizer"])})
-        for batch, state in _iterate(args, request["state"]):
+        for batch, state in _iterate(args, request["state"], _Place(place).show):
             send({"shape": batch.shape, "streams": state["streams"]}, memoryview(batch).cast("B"))
     except BrokenPipeError:
         os._exit(0)  # the trainer is gone; closing the pipe in the ordinary way would only fail again

@@ -13,8 +13,6 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lingua import slurm
 from lingua.args import first_line, looks_secret, refuse_secrets
+from lingua.watch import is_first_to_tell, name_lost_ranks
 
 T = TypeVar("T")
 
@@ -36,8 +35,8 @@ PATIENCE_WITH_FIRST_RANK = 10
 # Seconds that ranks which leave since another one has an error give that one to tell it.
 PATIENCE_WITH_THE_ERROR = 3
 
-# Seconds that a rank which finds another one lost gives the others to find so too.
-PATIENCE_WITH_OTHER_RANKS = 3
+# Seconds beyond distributed.timeout after which NCCL ends a process.
+PATIENCE_WITH_NCCL = 60
 
 # Set by torchrun to "True" where its agent keeps a store for the ranks.
 AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
@@ -217,6 +216,7 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
                 f"the {world.size} ranks have not met within {timeout} s (distributed.timeout); did all of them start? "
                 f"({first_line(error)[:300]})"
             ) from None
+        _let_nccl_wait(dist.distributed_c10d._get_default_group(), timeout)
     yield
     # Nobody leaves before all are done: the first rank keeps the store that others may still ask.
     reduce_sum([0.0])
@@ -352,6 +352,16 @@ def set_group_timeout(groups: list[dist.ProcessGroup], seconds: int) -> None:
     """For groups that torch makes with a timeout of its own, as those of a DeviceMesh."""
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        _let_nccl_wait(group, seconds)
+
+
+def _let_nccl_wait(group: dist.ProcessGroup, seconds: int) -> None:
+    """Longer than all else: where NCCL gives up it ends the process, before anybody could say which rank is lost."""
+    if not dist.is_nccl_available() or torch.device("cuda") not in group._device_types:
+        return
+    backend = group._get_backend(torch.device("cuda"))
+    if isinstance(backend, dist.ProcessGroupNCCL):
+        backend._set_default_timeout(timedelta(seconds=seconds + PATIENCE_WITH_NCCL))
 
 
 def is_of_a_lost_rank(error: BaseException) -> bool:
@@ -361,47 +371,6 @@ def is_of_a_lost_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )
-
-
-def _ranks_without_a_sign() -> str:
-    """Which ranks have not found by now, as this one has, that one is lost: it is among them."""
-    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
-
-    def ask() -> list[int]:
-        store.set(f"lost/{rank}", "")
-        time.sleep(PATIENCE_WITH_OTHER_RANKS)
-        missing = [other for other in range(size) if not store.check([f"lost/{other}"])]
-        n_done = store.add("lost/done", 1)
-        # The first rank keeps the store, so it leaves last.
-        deadline = time.monotonic() + PATIENCE_WITH_OTHER_RANKS
-        while rank == 0 and n_done < size - len(missing) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            n_done = store.add("lost/done", 0)
-        return missing
-
-    # In a thread of its own, since the store may be kept by a rank that hangs: asking it has no time limit.
-    with _silent_stderr():
-        asking = ThreadPoolExecutor(max_workers=1).submit(ask)
-        try:
-            missing = asking.result(timeout=3 * PATIENCE_WITH_OTHER_RANKS)
-        except (RuntimeError, FutureTimeoutError):
-            return "another rank"
-    return ("rank " if len(missing) == 1 else "ranks ") + (", ".join(map(str, missing)) or "unknown")
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Keeps back what torch's C++ code says on stderr by itself, such as stack traces of a connection that is gone."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _leave(code: object) -> None:
@@ -452,7 +421,9 @@ def run_main(main: Callable[[], None]) -> None:
             traceback.print_exc()
         message = " ".join(str(error).split())
         if lost:
-            message = f"lost {_ranks_without_a_sign()}: dead, or without an answer for too long ({message[:300]})"
+            while not is_first_to_tell():  # another thread does, and ends the process
+                time.sleep(1)
+            message = f"lost {name_lost_ranks()}: dead, or without an answer for too long ({message[:300]})"
         elif of_the_user and not dist.is_initialized() and _launchers_rank() != "0":
             # What is wrong before the ranks have met is mostly wrong on all of them: let the first one say it, after
             # which torchrun ends the others.

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -79,7 +80,7 @@ class MetricsLogger:
     def log(self, metrics: dict[str, Any]) -> None:
         stamped = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
         failing = len(self._kept) > 0
-        self._kept.append(json.dumps(stamped).encode() + b"\n")
+        self._kept.append(json.dumps({name: _or_null(value) for name, value in stamped.items()}).encode() + b"\n")
         try:
             self._write_kept()
         except OSError as error:
@@ -120,6 +121,11 @@ class MetricsLogger:
             raise OSError(f"{self._path}: the last {len(self._kept)} lines are not written ({error})") from None
         finally:
             self._file.close()
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any], key: str = "logging.wandb") -> Any:

@@ -297,6 +297,13 @@ def _shard(model: BaseTransformer, mesh: DeviceMesh, args: DistributedArgs, by_r
     fully_shard(model, **options, mp_policy=exact, reshard_after_forward=False)
 
 
+def reshard(model: nn.Module) -> None:
+    """Behind a forward pass without a backward one: makes parameters the shards again that they are between steps."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 # --- gradients -----------------------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,7 @@ class SparseAdamW(AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        skipped = getattr(self, "found_inf", None)
         state["step"] += 1
         table, mean, square = (local_part(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
         dtype = torch.promote_types(table.dtype, torch.float32)
@@ -99,12 +100,15 @@ class SparseAdamW(AdamW):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                found_inf=skipped,
             )
             updated = (m, v, weight)
             if generator is not None:
                 updated = _round_at_random(updated, generator)
             for tensor, new in zip((mean, square, table), updated, strict=True):
                 tensor.index_copy_(0, read, new.to(tensor.dtype))
+        if skipped is not None:
+            state["step"] -= skipped.to(parameter.device)
 
     def _generator(self, parameter: nn.Parameter, step: int) -> torch.Generator:
         key = (self.seed, step, self._numbers[parameter], _first_column(parameter))

@@ -15,6 +15,7 @@ import torch
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.distributed import DistributedArgs, World
+from lingua.guards import Guard, GuardArgs, seed_of_backward
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
@@ -251,6 +252,46 @@ def train_a_little(distributed, **optim):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize("update", ["dense", "sparse"])
+def test_a_step_that_is_not_finite_changes_nothing(update):
+    """And nobody waits for the GPU to find out; the loss is read one step later."""
+    args = LMTransformerArgs(
+        dim=64,
+        n_layers=2,
+        n_heads=2,
+        vocab_size=64,
+        max_seqlen=32,
+        productkey_args=ProductKeyArgs(is_enabled=True, layers="1", mem_n_keys=16, mem_knn=4, mem_k_dim=32),
+    )
+    model = LMTransformer(args).cuda()
+    model.layers[1].feed_forward.values.to(torch.bfloat16)
+    optimizer, _ = build_optimizer(model, OptimArgs(lr=0.1, warmup=0, value_update=update), 10)
+    guard = Guard(GuardArgs(), model, World(device=torch.device("cuda", torch.cuda.current_device())))
+    tokens = torch.randint(64, (4, 33), device="cuda")
+    states, heard = [], []
+    for step in range(1, 5):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens[:, :-1], tokens[:, 1:]) * (float("nan") if step in (2, 3) else 1)
+        loss.backward(seed_of_backward(loss))
+        norms = clip_gradients(model, 1.0)
+        torch.cuda.set_sync_debug_mode("error" if update == "dense" else "default")
+        optimizer.found_inf = guard.decide(step, loss.detach(), norms)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+        guard.read()
+        heard += [step] * guard.hear(guard.tell())
+        moments = [tensor for parameter in model.parameters() for tensor in optimizer.state[parameter].values()]
+        states.append([tensor.detach().clone() for tensor in (*model.parameters(), *moments)])
+    assert all(map(torch.equal, states[0], states[1]))
+    assert all(map(torch.equal, states[0], states[2]))
+    assert not all(map(torch.equal, states[0], states[3]))
+    assert all(tensor.isfinite().all() for tensor in states[3])
+    assert heard == [3, 4]
+    guard.read(everything=True)
+    assert (guard.skipped, guard.is_over(4)) == (2, False)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,6 @@ from lingua.distributed import (
     DistributedArgs,
     StopSignal,
     World,
-    any_rank,
     data_rank,
     default_environment,
     find_world,
@@ -76,6 +76,7 @@ from lingua.distributed import (
     validate_distributed_args,
     validate_environment,
 )
+from lingua.guards import Guard, GuardArgs, check_weights, seed_of_backward, validate_guard_args
 from lingua.logger import add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
 from lingua.metrics import (
@@ -90,9 +91,10 @@ from lingua.metrics import (
     validate_logging_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
-from lingua.parallelize import local_bytes, parallelize, splits_tables_by_rows, validate_parallelism
+from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
+from lingua.watch import WAITING_FOR_RANKS, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,12 @@ Batch = tuple[np.ndarray, dict[str, Any]]  # and the loader's state behind it
 
 # Seconds for the last of a stopped run's metrics to reach Weights & Biases.
 PATIENCE_WITH_WANDB = 60
+
+# Of distributed.timeout, after which a loader that does nothing is given up.
+PATIENCE_WITH_LOADER = 0.8
+
+# Steps whose batches are at hand to be computed again: on a GPU a bad one is found when the next but one begins.
+BATCHES_KEPT = 3
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
@@ -136,6 +144,7 @@ class TrainArgs:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
     profiling: ProfilingArgs = field(default_factory=ProfilingArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
+    guard: GuardArgs = field(default_factory=GuardArgs)
     async_eval_gpus: int | None = None
     eval: Any | None = None
 
@@ -168,6 +177,7 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
         raise ValueError(f"data.n_views: {args.data.n_views}; training needs 2, the input and the target")
     validate_optim_args(args.optim)
     validate_logging_args(args.logging)
+    validate_guard_args(args.guard)
     n_words = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
     if args.model.vocab_size == -1:
         args.model.vocab_size = n_words
@@ -304,6 +314,7 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
     up for when the run goes on.
     """
     args, step = run.args, run.step
+    run.watch.at("evaluating", step, has_limit=False)
     run.finish_saving()
     if run.checkpoints.saved != step:
         if run.world.rank == 0:
@@ -383,8 +394,8 @@ class Step:
 class Run:
     """A run's moving parts, and how far it is: `step` optimizer steps done, the loader at `loader_state`."""
 
-    def __init__(self, args: TrainArgs, world: World):
-        self.args, self.world = args, world
+    def __init__(self, args: TrainArgs, world: World, watch: Watch):
+        self.args, self.world, self.watch = args, world, watch
         self.step, self.total_tokens = 0, 0
         self.evaluation_stopped = False
         self.data_rank, self.data_ranks = data_rank(args.distributed, world)
@@ -405,6 +416,8 @@ class Run:
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
+        self.guard = Guard(args.guard, self.model, world)
+        self.latest_batches: deque[tuple[int, list[Batch]]] = deque(maxlen=BATCHES_KEPT)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if any. All ranks call it together."""
@@ -422,6 +435,7 @@ class Run:
             # Other ranks may have read more tokens a step than these do.
             self.total_tokens = train_state.get("total_tokens", self.step * self.tokens_per_step * self.data_ranks)
             self.slots_read = train_state.get("memory_use")
+            self.guard.restore(train_state.get("guard", {}))
             check_state_fits(self.args.data, self.loader_state)
             self.checkpoints.saved = self.step
 
@@ -447,6 +461,7 @@ class Run:
 
     def fetch(self, loader: Iterator[Batch]) -> list[Batch]:
         """The batches of the next step."""
+        self.watch.at("waiting for data", self.step + 1)
         with self.stopwatch.waiting_for_data():
             return [next(loader) for _ in range(self.args.grad_acc_steps)]
 
@@ -457,12 +472,13 @@ class Run:
         """All batches forward and backward; gradients are averaged over ranks, clipped and used once."""
         n_batches, acc_freq = self.args.grad_acc_steps, self.args.logging.acc_freq
         loss_sum = torch.zeros((), device=self.world.device)
+        self.latest_batches.append((self.step + 1, batches))
         for number, (batch, self.loader_state) in enumerate(batches, start=1):
             tokens = torch.from_numpy(batch).to(self.world.device)
             self.reducer.begin(last=number == n_batches)
             with self.autocast():
                 loss = self.model(tokens[..., 0], tokens[..., 1])
-            (loss / n_batches).backward()
+            (loss / n_batches).backward(seed_of_backward(loss))
             loss_sum += loss.detach()
             if acc_freq is not None and number < n_batches and number % acc_freq == 0:
                 with together():
@@ -471,6 +487,7 @@ class Run:
         norms = clip_gradients(self.model, self.args.optim.clip)
         if self.logs(self.step + 1):
             self.memory_use.before_update(seed=self.step)
+        self.optimizer.found_inf = self.guard.decide(self.step + 1, loss_sum / n_batches, norms)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -478,6 +495,14 @@ class Run:
         self.total_tokens += self.tokens_per_step * self.data_ranks
         self.stopwatch.count_step()
         return Step(loss_sum / n_batches, *norms)
+
+    def compute_again(self, step: int) -> None:
+        """The forward passes of one of the latest steps, with the weights of now."""
+        for batch, _ in dict(self.latest_batches)[step]:
+            tokens = torch.from_numpy(batch).to(self.world.device)
+            with self.autocast():
+                self.model(tokens[..., 0], tokens[..., 1])
+        reshard(self.model)
 
     def log_batches(self, acc_step: int, loss: torch.Tensor) -> None:
         """The loss within a step, over its first `acc_step` batches."""
@@ -487,8 +512,10 @@ class Run:
             logger.info("step: %s  acc: %s  loss: %.4f", self.step, acc_step, mean)
 
     def log_step(self, step: Step) -> None:
+        self.watch.at("logging", self.step)
         args, device = self.args, self.world.device
         mean_loss = self.mean_over_ranks(step.loss)
+        self.guard.read(everything=True)
         # Per rank: those of a tensor-parallel group work on the same tokens.
         speed = self.stopwatch.lap(self.tokens_per_step / args.distributed.tp_size, args.steps - self.step)
         # The rate that this step was taken with; the schedule stands at the next one already.
@@ -507,6 +534,7 @@ class Run:
             **memory_metrics(device),
             **self.memory_use.metrics(),
             "loss/out": mean_loss,
+            **self.guard.metrics(),
         }
         if step.value_grad_norm is not None:
             metrics |= {"optim/value_grad_norm": step.value_grad_norm.item(), "optim/value_lr": used[1]}
@@ -519,11 +547,15 @@ class Run:
 
     def save(self, needed: bool) -> None:
         """Writes a checkpoint. Where that fails it is told, and training goes on, or ends where it was `needed`."""
+        self.watch.at("saving a checkpoint", self.step)
+        with together():
+            check_weights(self.model, self.step)
         train_state = {
             "step": self.step,
             "acc_step": 0,
             "total_tokens": self.total_tokens,
             "data_loader_state": self.loader_state,
+            "guard": self.guard.state(),
         }
         slots_read = self.memory_use.state()
         if self.data_rank == 0:  # it is the same on all of them, and the first one's is always read
@@ -653,8 +685,9 @@ def train(args: TrainArgs) -> None:
         stack.enter_context(process_group(world, args.distributed.timeout))
         # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
         stop_signal = stack.enter_context(StopSignal())
+        watch = stack.enter_context(Watch(args.distributed.timeout, Path(args.dump_dir) / "stacks"))
         with together():
-            run = Run(args, world)
+            run = Run(args, world, watch)
         resume_from = run.find_checkpoint()
         with together():
             run.go_to(resume_from)
@@ -687,7 +720,9 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
         check_writable("dump_dir", Path(args.dump_dir), room)
         logger.info("filling the shuffle buffer: %s batches", args.data.prefetch_size)
         stack.enter_context(collecting_by_steps())
-        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state))
+        # The other ranks wait for this one, for as long as their timeout: they are to hear before what is wrong.
+        patience = PATIENCE_WITH_LOADER * args.distributed.timeout
+        loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state, patience))
         batches = itertools.chain([next(loader)], loader)
     run.materialize(resume_from)
     with together():
@@ -714,11 +749,15 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         except (ValueError, OSError) as caught:
             error = caught
         # All ranks hear of it, and stop at the same step.
-        failing, stopping = any_rank(error is not None, stop_signal.name is not None)
+        run.watch.at(WAITING_FOR_RANKS, run.step + 1)
+        run.guard.read()
+        failing, stopping, *told = reduce_sum([error is not None, stop_signal.name is not None, *run.guard.tell()])
+        run.watch.at("computing", run.step + 1)
         if failing:
             with together():
                 if error is not None:
                     raise error
+        answer_bad_steps(run, told)
         if stopping:
             break
         step = run.train_step(batches)
@@ -731,6 +770,9 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             evaluate(run, stop_signal)
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()
+    run.watch.at("ending", run.step, has_limit=False)
+    run.guard.read(everything=True)
+    answer_bad_steps(run, reduce_sum(run.guard.tell()))
     run.finish_saving()
     if run.step > run.checkpoints.saved:
         run.save(needed=True)
@@ -739,6 +781,31 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
     else:
         logger.info("done: %s steps", steps)
+
+
+def answer_bad_steps(run: Run, told: list[float]) -> None:
+    """Reports the bad steps that ranks have `told` of; where there are too many, saves and raises ValueError.
+
+    Weights are those behind the last good step.
+    """
+    if not run.guard.hear(told):
+        return
+    with together():
+        lines = run.guard.explain()
+    step = run.guard.step_to_compute_again()
+    if step is not None:
+        lines.append(run.guard.explain_again(run.model, step, lambda: run.compute_again(step)))
+    if run.world.rank == 0:
+        for line in lines:
+            logger.warning("%s", line)
+    if not run.guard.is_over(run.step):
+        return
+    run.finish_saving()
+    if run.step > run.checkpoints.saved:
+        run.save(needed=False)
+        run.finish_saving()
+    with together():
+        raise ValueError(run.guard.why_over(run.step))
 
 
 def main() -> None:

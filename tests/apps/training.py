@@ -114,6 +114,7 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None  # what it has found out before; TMPDIR may say otherwise now
 
+    import faults
     import torch
 
     from apps.main.train import main
@@ -122,6 +123,8 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
     torch.set_num_threads(1)
     if "HOLD" in environment:
         _wait_at(Path(environment["HOLD"]))
+    if "FAULT" in environment:
+        faults.inject(environment["FAULT"])
     sys.argv = ["train.py", *argv]
     run_main(main)
 
