@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from lingua.distributed import local_part
+from lingua.product_key.fetched_lookup import bring_rows
 from lingua.product_key.row_gradients import RowGradients
 
 # Elements of a table that are updated at once: on a CPU they stay in its cache, on a GPU they keep all of it busy.
@@ -81,7 +82,7 @@ class SparseAdamW(AdamW):
         (beta1, beta2), before = group["betas"], state["step"] - 1
         slots, rows = gradient.rows()
         n_rows = max(AT_ONCE.get(table.device.type, AT_ONCE_ELSEWHERE) // table.shape[1], 1)
-        for read, grad in zip(slots.split(n_rows), rows.split(n_rows), strict=True):
+        for read, grad in bring_rows(slots, rows, table.device, n_rows):
             m, v, weight = (tensor.index_select(0, read).to(dtype) for tensor in (mean, square, table))
             # The dense update of a small table; it counts a step of its own.
             adamw(

@@ -183,6 +183,11 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
 
 def validate_value_update(args: TrainArgs, world: World) -> None:
     """Raises ValueError, one line that names the key, where sparse updates do not go with the layout."""
+    if args.distributed.values_device == "cpu" and args.optim.value_update != "sparse":
+        raise ValueError(
+            f"distributed.values_device: cpu goes not with optim.value_update={args.optim.value_update}, which makes a "
+            "gradient of the table's size; set optim.value_update=sparse"
+        )
     if args.optim.value_update == "sparse" and splits_tables_by_rows(args.distributed, world):
         raise ValueError(
             "optim.value_update: sparse goes not with distributed.fsdp_type=full_shard, which splits value tables by "
@@ -287,6 +292,8 @@ def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
     given = args.eval.get("generator") or {}
     if "dtype" not in given:
         wanted.generator.dtype = args.distributed.model_dtype
+    if "values_device" not in given:
+        wanted.generator.values_device = args.distributed.values_device
     if "max_gen_len" not in given:
         wanted.generator.max_gen_len = max(min(wanted.generator.max_gen_len, args.data.seq_len // 2), 1)
     wanted.ckpt_dir = str(checkpoint_folder(args) / f"{step:010d}")
