@@ -123,8 +123,8 @@ def validate_generator_args(args: GeneratorArgs, prefix: str = "") -> None:
         raise ValueError(f"{prefix}values_device: '{args.values_device}' is neither null nor cpu")
     if args.values_device == "cpu" and args.reduce_generation_overhead:
         raise ValueError(
-            f"{prefix}reduce_generation_overhead: true goes not with values_device=cpu, since no CUDA graph fetches rows "
-            "from the CPU's memory; set one of them back"
+            f"{prefix}reduce_generation_overhead: true goes not with values_device=cpu, since no CUDA graph fetches "
+            "rows from the CPU's memory; set one of them back"
         )
 
 

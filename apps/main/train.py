@@ -88,7 +88,14 @@ from lingua.metrics import (
     start_wandb,
     validate_logging_args,
 )
-from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
+from lingua.optim import (
+    OptimArgs,
+    build_optimizer,
+    clip_gradients,
+    set_schedule_step,
+    split_parameters,
+    validate_optim_args,
+)
 from lingua.parallelize import local_bytes, parallelize, splits_tables_by_rows, validate_parallelism
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
@@ -253,6 +260,9 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
     dense, memory = count_parameters(model)
     threads = torch.get_num_threads()
     held = f"{local_bytes(model.parameters()) / 2**20:,.0f} MiB on this rank"
+    if memory and args.distributed.values_device == "cpu":
+        tables = split_parameters(model)["values"]
+        held += f", {local_bytes(tables) / 2**20:,.0f} of them for values, in the CPU's memory with their moments"
     logger.info("parameters: %s dense, %s in memory values; %s", f"{dense:,}", f"{memory:,}", held)
     logger.info(
         "%s rank(s) on %s (%s), computing in %s; torch %s, Python %s",

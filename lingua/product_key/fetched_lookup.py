@@ -8,9 +8,9 @@ be larger than the GPU's memory. The operators:
     fetched_sums       bag_sums in it
     fetched_products   bag_products in it, each the gradient of the other
 
-How many rows there are is known when they have been read, and no sooner; a compiler wants to know it before. So they go
-from operator to operator as the first of them, (1, D), in whose storage all others lie behind it. Where something on the
-way has made a copy of that one row (saved tensors that were moved, say), they are fetched again.
+How many rows there are is known when they have been read, and no sooner; a compiler wants to know it before. So they
+go from operator to operator as the first of them, (1, D), in whose storage all others lie behind it. Where something on
+the way has made a copy of that one row (saved tensors that were moved, say), they are fetched again.
 Suffixes: N tokens, K slots a token, U rows read, D dim.
 """
 
@@ -155,7 +155,7 @@ def _small_table(indices: torch.Tensor, weight: torch.Tensor, first_row: torch.T
     """(U, D), of which `first_row` is the first; fetched again where nothing lies behind that."""
     dim = weight.shape[1]
     n_rows = first_row.untyped_storage().nbytes() // (dim * first_row.element_size())
-    if n_rows > 1 and first_row.storage_offset() == 0:
+    if n_rows > 1:
         return first_row.as_strided((n_rows, dim), (dim, 1))
     return _fetch(weight, indices.unique(), indices.device)
 
@@ -164,8 +164,8 @@ def _small_table(indices: torch.Tensor, weight: torch.Tensor, first_row: torch.T
 
 
 def _fetch(weight: torch.Tensor, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of `slots`, on `device`; one row of anything where there are none."""
-    rows = torch.empty(max(len(slots), 1), weight.shape[1], dtype=weight.dtype, device=device)
+    """The rows of `slots`, on `device`, and rows of anything behind them where they are not two: one row is a copy."""
+    rows = torch.empty(max(len(slots), 2), weight.shape[1], dtype=weight.dtype, device=device)
     read = rows[: len(slots)]
     if weight.device == device:
         torch.index_select(weight, 0, slots, out=read)
