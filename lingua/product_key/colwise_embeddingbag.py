@@ -84,11 +84,12 @@ class xFormerEmbeddingBag(nn.Module):
         """`forward` in `weight`, which is all of the table or some of its columns."""
         if self.computed_on is None:
             return xformers_embedding_bag(indices, weight, scores, ticket=self.ticket)
-        self._needs_ticket()
+        self._refuse_whole_gradient()
         return fetched_embedding_bag(indices, weight, scores, self.ticket)
 
-    def _needs_ticket(self) -> None:
-        if self.ticket is None and self.weight.requires_grad and torch.is_grad_enabled():
+    def _refuse_whole_gradient(self) -> None:
+        is_whole = self.row_gradients is None or self.row_gradients.whole
+        if is_whole and self.weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("a table in the CPU's memory has gradients by rows only: optim.value_update=sparse")
 
 
@@ -98,7 +99,7 @@ class SlotProducts(xFormerEmbeddingBag):
     def look_up(self, weight: torch.Tensor, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.computed_on is None:
             return slot_products(indices, weight, x, self.ticket)
-        self._needs_ticket()
+        self._refuse_whole_gradient()
         return fetched_slot_products(indices, weight, x, self.ticket)
 
 

@@ -56,8 +56,8 @@ def fetched_slot_products(
 @torch.library.custom_op("lingua::fetch_rows", mutates_args=())
 def fetch_rows(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(where in the small table the row of each place is, (N, K); the first row of the small table)."""
-    slots, positions = torch.unique(indices, return_inverse=True)
-    return positions.to(_index_type(weight)), _fetch(weight, slots, indices.device)[:1]
+    slots, positions = torch.unique(indices.to(_index_type(weight)), return_inverse=True)
+    return positions.to(slots.dtype), _fetch(weight, slots, indices.device)[:1]
 
 
 @torch.library.custom_op("lingua::fetched_sums", mutates_args=())
