@@ -6,8 +6,8 @@ beside the same step with the table where all else is.
     python -m apps.bench.values_on_cpu n_keys=4096 beside=false        # what does not fit the GPU
 
 `moved`: bytes of rows that go from the CPU's memory to the GPU, and of their gradients that come back; `of a copy`:
-that speed in parts of the one at which pinned memory of the CPU is copied to the GPU. (With device=cpu rows are gathered
-from one place in its memory to another.) `error`: relative, against fp64, on some of the tokens or rows.
+that speed in parts of the one at which pinned memory of the CPU is copied to the GPU. (With device=cpu rows go from one
+place in its memory to another.) `error`: relative, against fp64, on some of the tokens or rows.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -236,6 +237,18 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def check_room_for_values(model: LMTransformer) -> None:
+    """Raises ValueError where tables that are to lie in the CPU's memory do not fit it beside their two moments."""
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, by torchrun
+    wanted, total = 3 * n_ranks * local_bytes(split_parameters(model)["values"]), psutil.virtual_memory().total
+    if wanted > total:
+        raise ValueError(
+            f"distributed.values_device: value tables and their moments take {wanted / 1e9:,.1f} GB on this machine, "
+            f"which has {total / 1e9:,.1f} GB of memory; lower model.productkey_args.mem_n_keys, or split them over "
+            "ranks by distributed.memory_parallel_size"
+        )
+
+
 # --- building ------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +434,8 @@ class Run:
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
+        if args.distributed.values_device == "cpu":
+            check_room_for_values(self.model)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if any. All ranks call it together."""

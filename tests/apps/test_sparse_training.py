@@ -96,6 +96,10 @@ def test_two_ranks(tiny, tmp_path):
         (STOCHASTIC[1:], ["optim.value_rounding", "value_update"]),
         (STOCHASTIC[:2], ["optim.value_rounding", "distributed.model_dtype=fp32"]),
         (["distributed.values_device=cpu"], ["distributed.values_device", "set optim.value_update=sparse"]),
+        (
+            [SPARSE, "distributed.values_device=cpu", "model.productkey_args.mem_n_keys=1000000"],
+            ["distributed.values_device", "384,000.0 GB", "mem_n_keys"],
+        ),
     ],
 )
 def test_what_does_not_go_together(start, tmp_path, arguments, words):
