@@ -276,6 +276,7 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
     if memory and args.distributed.values_device == "cpu":
         tables = split_parameters(model)["values"]
         held += f", {local_bytes(tables) / 2**20:,.0f} of them for values, in the CPU's memory with their moments"
+        held += f" ({threads} threads)"
     logger.info("parameters: %s dense, %s in memory values; %s", f"{dense:,}", f"{memory:,}", held)
     logger.info(
         "%s rank(s) on %s (%s), computing in %s; torch %s, Python %s",

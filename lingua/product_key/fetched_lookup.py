@@ -164,7 +164,9 @@ def _small_table(indices: torch.Tensor, weight: torch.Tensor, first_row: torch.T
 
 
 def _fetch(weight: torch.Tensor, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of `slots`, on `device`, and rows of anything behind them where they are not two: one row is a copy."""
+    """The rows of `slots`, on `device`; rows of anything behind them where they are not two, since a single one is
+    known for a copy (`_small_table`).
+    """
     rows = torch.empty(max(len(slots), 2), weight.shape[1], dtype=weight.dtype, device=device)
     read = rows[: len(slots)]
     if weight.device == device:
@@ -174,7 +176,7 @@ def _fetch(weight: torch.Tensor, slots: torch.Tensor, device: torch.device) -> t
     n_rows = staging.n_rows(weight)
     # Here the CPU waits until the GPU has found out what is read.
     for chunk, target in zip(slots.to(weight.device).split(n_rows), read.split(n_rows), strict=True):
-        with staging.next_buffer(chunk, weight) as (buffer, _):
+        with staging.next_buffer(len(chunk), weight) as (buffer, _):
             torch.index_select(weight, 0, chunk, out=buffer)
             target.copy_(buffer, non_blocking=True)
     return rows
@@ -194,7 +196,7 @@ def bring_rows(
     at_once = staging.n_rows(rows)
     on_their_way = collections.deque()
     for chunk, source in zip(slots.to(device).split(at_once), rows.split(at_once), strict=True):
-        with staging.next_buffer(chunk, rows) as (buffer, sent):
+        with staging.next_buffer(len(chunk), rows) as (buffer, sent):
             buffer.copy_(source, non_blocking=True)
         on_their_way.append((chunk, buffer, sent))
         if len(on_their_way) == len(staging.buffers):
@@ -226,18 +228,16 @@ class _Staging:
         return len(self.buffers[0]) // (table.shape[1] * table.element_size())
 
     @contextlib.contextmanager
-    def next_buffer(
-        self, slots: torch.Tensor, table: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.cuda.Event | None]]:
-        """A buffer for the rows of `slots`, out of which nothing is being sent any more; and what tells when that which
-        is sent within the context, on the current stream, has arrived.
+    def next_buffer(self, n_rows: int, table: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.cuda.Event | None]]:
+        """A buffer for so many rows such as the table's, in or out of which nothing is being copied any more; and what
+        tells when the copy that is begun within the context, on the current stream, is done.
         """
         self.turn = (self.turn + 1) % len(self.buffers)
         buffer, sent = self.buffers[self.turn], self.sent[self.turn]
         if sent is not None:
             sent.synchronize()
-        shape = (len(slots), table.shape[1])
-        yield buffer[: shape[0] * shape[1] * table.element_size()].view(table.dtype).view(shape), sent
+        n_bytes = n_rows * table.shape[1] * table.element_size()
+        yield buffer[:n_bytes].view(table.dtype).view(n_rows, table.shape[1]), sent
         if sent is not None:
             sent.record(torch.cuda.current_stream(self.device))
 
