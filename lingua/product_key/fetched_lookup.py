@@ -128,7 +128,7 @@ def _sums_backward(ctx, grad_ND):
     grad_factors = grad_ticket = None
     if ctx.needs_input_grad[4]:
         grad_factors = fetched_products(*table, grad_ND).to(factors.dtype)
-    if ticket is not None:
+    if ticket is not None:  # of row_gradients.py, which has the operator
         grad_ticket = torch.ops.lingua.record_rows(ticket, table[0], factors, grad_ND)
     return None, None, None, None, grad_factors, None, grad_ticket
 
