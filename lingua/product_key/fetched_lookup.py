@@ -164,10 +164,12 @@ def _small_table(indices: torch.Tensor, weight: torch.Tensor, first_row: torch.T
 
 
 def _fetch(weight: torch.Tensor, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of `slots`, on `device`; rows of anything behind them where they are not two, since a single one is
-    known for a copy (`_small_table`).
+    """The rows of `slots`, on `device`, and behind them some of anything: at least two in all, since a single one is
+    known for a copy (`_small_table`), and of few sizes, so that the next batch gets the memory of this one.
     """
-    rows = torch.empty(max(len(slots), 2), weight.shape[1], dtype=weight.dtype, device=device)
+    step = 1 << max(len(slots).bit_length() - 4, 1)
+    n_all = (max(len(slots), 1) + step - 1) // step * step
+    rows = torch.empty(n_all, weight.shape[1], dtype=weight.dtype, device=device)
     read = rows[: len(slots)]
     if weight.device == device:
         torch.index_select(weight, 0, slots, out=read)

@@ -1,6 +1,6 @@
 """Tables in the CPU's memory, whose rows are fetched (`distributed.values_device: cpu`), against sparse updates of
 tables that lie where the model does: all results are the same, to the last bit where rows begin at multiples of 16
-bytes (how MKL sums a product depends on it).
+bytes and a bag is no larger than the small table (how a CPU sums products depends on both).
 """
 
 import itertools
@@ -41,11 +41,6 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def nearly_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> bool:
-    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
-    return all((a - b).norm() <= tolerance * b.norm() for a, b in pairs)
-
-
 @pytest.fixture
 def fetches(monkeypatch) -> list[int]:
     """How many rows each fetch has brought, in order."""
@@ -84,9 +79,10 @@ def test_results_and_gradients_are_the_same(kind, n, bag, size, dim, dtype, inde
         y.backward(torch.randn(y.shape).to(y.dtype))
         assert table.weight.grad is None
         results.append([y, other.grad, *table.row_gradients.rows()])
-    if dim % 4 == 0:
+    n_read = len(results[0][2])
+    if dim % 4 == 0 and bag <= n_read:
         assert same(*results)
-    assert nearly_same(*results, 1e-6)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_are_fetched_once(fetches):
@@ -144,7 +140,7 @@ def test_rows_go_through_buffers(monkeypatch, staged, n):
     monkeypatch.setattr(fetched_lookup, "_staging", lambda device, made={}: made.setdefault(0, _staging(device)))
     table, slots = torch.randn(50, 5), torch.randperm(50)[:n]
     fetched = fetched_lookup._fetch(table, slots, ELSEWHERE)
-    assert fetched.shape == (max(n, 2), 5)
+    assert max(n, 2) <= len(fetched) <= max(n + 1, n * 9 // 8, 2)
     assert torch.equal(fetched[:n], table[slots])
     brought = [
         (some.clone(), rows.clone()) for some, rows in fetched_lookup.bring_rows(slots, fetched[:n], ELSEWHERE, 2)
@@ -287,7 +283,8 @@ def train_on_ranks(folder: Path) -> dict[str, tuple[bool, bool]]:
         checkpoint = manager.save(2, run[0], run[2], {"step": 2, "data_loader_state": {}}, {})
         loaded = start(MODELS[kind], **layout, **ON_CPU)
         load_training(checkpoint, loaded[0], loaded[2])
-        found[name] = nearly_same(*states, 1e-4), same(whole_state(loaded), states[1])
+        close = all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(*states, strict=True))
+        found[name] = close, same(whole_state(loaded), states[1])
     return found
 
 
