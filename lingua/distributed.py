@@ -52,6 +52,8 @@ class DistributedArgs:
     dp_replicate: int = 1
     tp_size: int = 1
     memory_parallel_size: int = 1
+    # Where value tables and their moments lie: cpu, or null for where the model is.
+    values_device: str | None = None
     selective_activation_checkpointing: bool = False
     checkpoint_each_layer: bool = False
     compile: bool = False
@@ -130,6 +132,8 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
         raise ValueError(f"distributed.model_dtype: '{args.model_dtype}' is none of {', '.join(DTYPES)}")
     if args.fsdp_type not in ("no_shard", "full_shard"):
         raise ValueError(f"distributed.fsdp_type: '{args.fsdp_type}' is neither no_shard nor full_shard")
+    if args.values_device not in (None, "cpu"):
+        raise ValueError(f"distributed.values_device: '{args.values_device}' is neither null nor cpu")
     if args.float8_recipe not in (None, "rowwise"):
         raise ValueError(f"distributed.float8_recipe: '{args.float8_recipe}' is neither null nor rowwise")
     for name in ("tp_size", "dp_shard", "memory_parallel_size"):

@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 BLOCK_ELEMENTS = 2**20
 
 
-def normal(parameter: torch.Tensor, std: float) -> None:
-    """Fills `parameter` from a normal distribution around 0."""
-    _fill(parameter, lambda block, generator: block.normal_(std=std, generator=generator))
+def normal(parameter: torch.Tensor, std: float, drawn_on: torch.device | None = None) -> None:
+    """Fills `parameter` from a normal distribution around 0. `drawn_on`: a device that is not the parameter's, whose
+    random numbers it gets.
+    """
+    _fill(parameter, lambda block, generator: block.normal_(std=std, generator=generator), drawn_on)
 
 
 def truncated_normal(parameter: torch.Tensor, std: float) -> None:
@@ -40,7 +42,11 @@ def xavier_uniform(weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _fill(parameter: torch.Tensor, draw: Callable[[torch.Tensor, torch.Generator], object]) -> None:
+def _fill(
+    parameter: torch.Tensor,
+    draw: Callable[[torch.Tensor, torch.Generator], object],
+    drawn_on: torch.device | None = None,
+) -> None:
     seed = int(torch.randint(2**62, (), device="cpu"))
     if parameter.is_meta:
         return
@@ -51,11 +57,12 @@ def _fill(parameter: torch.Tensor, draw: Callable[[torch.Tensor, torch.Generator
     n_rows = max(BLOCK_ELEMENTS // max(shape[1:].numel(), 1), 1)
     first, last = start[0], start[0] + len(local)
     columns = tuple(slice(begin, begin + size) for begin, size in zip(start[1:], local.shape[1:], strict=True))
-    generator = torch.Generator(local.device)
+    device = drawn_on or local.device
+    generator = torch.Generator(device)
     dtype = torch.promote_types(local.dtype, torch.float32)
     for number in range(first // n_rows, (last - 1) // n_rows + 1):
         begin, end = number * n_rows, min((number + 1) * n_rows, shape[0])
-        block = torch.empty((end - begin, *shape[1:]), dtype=dtype, device=local.device)
+        block = torch.empty((end - begin, *shape[1:]), dtype=dtype, device=device)
         draw(block, generator.manual_seed(seed + number))
         kept = slice(max(begin, first), min(end, last))
         local[kept.start - first : kept.stop - first] = block[(slice(kept.start - begin, kept.stop - begin), *columns)]

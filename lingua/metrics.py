@@ -192,16 +192,22 @@ def _place_of(line: bytes) -> tuple[float, float]:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory since the last call: of the GPU, or on a CPU the resident memory of this process now. GiB and %."""
+    """The resident memory of this process now, and the peak of the GPU's, if it has one, since the last call. GiB and
+    %.
+    """
     gib = 1024**3
+    resident = psutil.Process().memory_info().rss
+    of_the_process = {
+        "memory/rss_gib": resident / gib,
+        "memory/rss_pct": 100 * resident / psutil.virtual_memory().total,
+    }
     if device.type != "cuda":
-        resident = psutil.Process().memory_info().rss
-        return {"memory/rss_gib": resident / gib, "memory/rss_pct": 100 * resident / psutil.virtual_memory().total}
+        return of_the_process
     total = torch.cuda.get_device_properties(device).total_memory
     stats = torch.cuda.memory_stats(device)
     active, reserved = stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"]
     torch.cuda.reset_peak_memory_stats(device)
-    return {
+    return of_the_process | {
         "memory/max_active_gib": active / gib,
         "memory/max_active_pct": 100 * active / total,
         "memory/max_reserved_gib": reserved / gib,

@@ -120,6 +120,8 @@ def parallelize(model: BaseTransformer, args: DistributedArgs, world: World) -> 
     replicate, shard, tp_size = mesh_sizes(args, world)
     data_ranks = replicate * shard
     meshes = _build_meshes(args, world)
+    if args.values_device == "cpu":
+        model.keep_values_on_cpu(world.device)
     if args.float8_recipe is not None:
         _use_float8(model, args.float8_filter)
     if tp_size > 1:

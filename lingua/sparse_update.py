@@ -13,9 +13,11 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from lingua.distributed import local_part
+from lingua.product_key.fetched_lookup import bring_rows
 from lingua.product_key.row_gradients import RowGradients
 
-# Elements of a table that are updated at once: on a CPU they stay in its cache, on a GPU they keep all of it busy.
+# Elements of a table that are updated at once: those of each thread of a CPU stay in its cache, those of a GPU keep all
+# of it busy.
 AT_ONCE = {"cpu": 2**17}
 AT_ONCE_ELSEWHERE = 2**24
 
@@ -35,7 +37,7 @@ class SparseAdamW(AdamW):
             exact. Rounded to the nearest, an update of less than half of the last digit is lost, and so is the decay
             of a second moment where beta2 is near 1.
         seed: of that rounding, together with the table's number of steps and its place: random numbers are the same on
-            all replicas, and in a run that was resumed.
+            all replicas, and in a run that was resumed (with as many threads, where the table is in the CPU's memory).
     """
 
     def __init__(
@@ -81,8 +83,11 @@ class SparseAdamW(AdamW):
             generator = self._generator(parameter, int(state["step"]))
         (beta1, beta2), before = group["betas"], state["step"] - 1
         slots, rows = gradient.rows()
-        n_rows = max(AT_ONCE.get(table.device.type, AT_ONCE_ELSEWHERE) // table.shape[1], 1)
-        for read, grad in zip(slots.split(n_rows), rows.split(n_rows), strict=True):
+        at_once = AT_ONCE.get(table.device.type, AT_ONCE_ELSEWHERE)
+        if table.device.type == "cpu":
+            at_once *= torch.get_num_threads()
+        n_rows = max(at_once // table.shape[1], 1)
+        for read, grad in bring_rows(slots, rows, table.device, n_rows):
             m, v, weight = (tensor.index_select(0, read).to(dtype) for tensor in (mean, square, table))
             # The dense update of a small table; it counts a step of its own.
             adamw(

@@ -333,6 +333,12 @@ class BaseTransformer(nn.Module):
         """Block number -> its memory, for the blocks that have one."""
         return {i: b.feed_forward for i, b in enumerate(self.layers) if isinstance(b.feed_forward, HashingMemory)}
 
+    def keep_values_on_cpu(self, device: torch.device) -> None:
+        """Value tables stay in the CPU's memory from now on, and all else is computed on `device`."""
+        for memory in self.memories().values():
+            for table in memory.own_tables:
+                table.keep_on_cpu(device)
+
     def canonicalize(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
         """Brings a checkpoint's names to this model's, in place: published ones repeat a shared table.
 

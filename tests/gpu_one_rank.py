@@ -2,7 +2,8 @@
 
     python tests/gpu_one_rank.py FOLDER
 
-FSDP over one rank, a table split over one rank and saving in the background, beside the same model without them.
+FSDP over one rank, a table split over one rank (in the CPU's memory, too) and saving in the background, beside the same
+model without them.
 """
 
 import sys
@@ -22,7 +23,7 @@ from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag
 from lingua.product_key.memory import ProductKeyArgs
 
 
-def build(laid_out: bool, peer: bool):
+def build(laid_out: bool, peer: bool, on_cpu: bool):
     memories = ProductKeyArgs(is_enabled=True, layers="1,3", mem_n_keys=64, mem_knn=16, mem_k_dim=64, peer_variant=peer)
     args = LMTransformerArgs(dim=256, n_layers=4, n_heads=4, vocab_size=256, max_seqlen=128, productkey_args=memories)
     with torch.device("meta"):
@@ -32,6 +33,8 @@ def build(laid_out: bool, peer: bool):
         table.to(torch.bfloat16)
     meshes = Meshes()
     if laid_out:
+        if on_cpu:
+            model.keep_values_on_cpu(torch.device("cuda", 0))
         whole = init_device_mesh("cuda", (1, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
         memory = init_device_mesh("cuda", (1, 1), mesh_dim_names=("memory_replicate", "memory_parallel"))
         meshes = Meshes(data=whole, every_data=whole["dp_shard"], memory=memory)
@@ -63,15 +66,16 @@ def main(folder: Path) -> None:
     torch.cuda.set_device(0)
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-    for peer in (False, True):
-        plain, laid_out = build(False, peer), build(True, peer)
-        optimizers = [build_optimizer(model, OptimArgs(lr=1e-3, warmup=0), 100)[0] for model, _ in (plain, laid_out)]
+    for peer, on_cpu in ((False, False), (True, False), (False, True), (True, True)):
+        plain, laid_out = build(False, peer, on_cpu), build(True, peer, on_cpu)
+        args = OptimArgs(lr=1e-3, warmup=0, value_update="sparse" if on_cpu else "dense")
+        optimizers = [build_optimizer(model, args, 100)[0] for model, _ in (plain, laid_out)]
         expected, found = (
             train(*pair, optimizer, 8) for pair, optimizer in zip((plain, laid_out), optimizers, strict=True)
         )
         torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-3)
         # Trained on while it is written; what is loaded from it goes on as the original did.
-        path = folder / f"peer-{peer}"
+        path = folder / f"peer-{peer}-{on_cpu}"
         manager = CheckpointManager(CheckpointArgs(save_async=True), path)
         checkpoint = manager.save(8, laid_out[0], optimizers[1], {"step": 8, "data_loader_state": {}}, {})
         onward = train(*laid_out, optimizers[1], 3)

@@ -19,6 +19,7 @@ from lingua.guards import Guard, GuardArgs, seed_of_backward
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
+from lingua.product_key import fetched_lookup
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 from lingua.product_key.search import search
 from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
@@ -217,15 +218,16 @@ PARTS = {
 }
 
 
-def train_a_little(distributed, **optim):
+def train_a_little(distributed, memory=None, **optim):
     """Losses of 12 steps on the same batch, in bf16."""
+    sizes = {"layers": "1,3", "mem_n_keys": 64, "mem_knn": 16, "mem_k_dim": 64}
     args = LMTransformerArgs(
         dim=256,
         n_layers=4,
         n_heads=4,
         vocab_size=256,
         max_seqlen=128,
-        productkey_args=ProductKeyArgs(is_enabled=True, layers="1,3", mem_n_keys=64, mem_knn=16, mem_k_dim=64),
+        productkey_args=ProductKeyArgs(is_enabled=True, **(sizes | (memory or {}))),
     )
     with torch.device("meta"):
         model = LMTransformer(args)
@@ -331,6 +333,72 @@ def test_memory_use_as_on_the_cpu(distributed):
     layout = DistributedArgs(model_dtype="fp32", **distributed)
     expected = memory_use_of_a_step(DistributedArgs(model_dtype="fp32"), "cpu")
     assert memory_use_of_a_step(layout, "cuda") == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"compile": True}, {"checkpoint_each_layer": True}], ids=str)
+@pytest.mark.parametrize("memory", [{}, {"peer_variant": True}], ids=str)
+def test_tables_in_the_cpus_memory_train_alike(memory, changes):
+    """From the same weights; a CPU and a GPU round AdamW's update differently."""
+    plain = train_a_little(DistributedArgs(**changes), memory, value_update="sparse")
+    fetched = train_a_little(DistributedArgs(values_device="cpu", **changes), memory, value_update="sparse")
+    assert fetched[:3] == pytest.approx(plain[:3], rel=1e-3)
+    assert fetched[:11] == pytest.approx(plain[:11], rel=2e-2)
+    assert plain[10] < 0.5 * plain[0]
+
+
+def test_a_table_in_the_cpus_memory_is_rounded_at_random():
+    """Of random numbers that are not those of the GPU."""
+    options = {"value_update": "sparse", "value_rounding": "stochastic"}
+    losses = train_a_little(DistributedArgs(values_device="cpu"), **options)
+    assert losses == train_a_little(DistributedArgs(values_device="cpu"), **options)
+    assert losses[10] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("peer", [False, True])
+def test_a_table_in_the_cpus_memory_is_never_on_the_gpu(peer):
+    """From its making to its updates a run takes less of the GPU's memory than one table of 2**20 rows."""
+    memory = {"mem_n_keys": 1024, "peer_variant": peer}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    losses = train_a_little(DistributedArgs(values_device="cpu"), memory, value_update="sparse")
+    assert torch.cuda.max_memory_allocated() - before < 2**20 * 256 * 2
+    assert losses[10] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_go_to_the_gpu_and_back(dtype):
+    """Through many buffers, with the GPU busy before and behind: none is filled again before it has arrived."""
+    torch.manual_seed(0)
+    table = torch.randn(300_000, 256).to(dtype)
+    on_gpu, busy = table.cuda(), torch.randn(4096, 4096, device="cuda")
+    for n in (0, 1, 1000, 250_000):
+        slots = torch.randperm(len(table), device="cuda")[:n]
+        for _ in range(3):
+            busy @ busy
+            fetched = fetched_lookup._fetch(table, slots, slots.device)[:n]
+            assert torch.equal(fetched, on_gpu[slots])
+            busy @ busy
+            back = torch.full_like(table, float("nan"))
+            for some, rows in fetched_lookup.bring_rows(slots, fetched, table.device, 7000):
+                assert len(some) <= 7000
+                back[some] = rows
+            assert torch.equal(back[slots.cpu()], table[slots.cpu()])
+            assert back.isnan().all(1).sum().item() == len(table) - n
+
+
+def test_moving_a_model_leaves_its_table():
+    memory = HashingMemory(48, 48, mem_n_keys=37, mem_heads=3, mem_knn=7, mem_k_dim=16)
+    x = torch.randn(2, 50, 48, device="cuda")
+    with torch.no_grad():
+        expected = memory.cuda()(x)
+        memory.tables[0].keep_on_cpu(torch.device("cuda"))
+        assert memory.tables[0].weight.device.type == "cpu"
+        assert torch.equal(memory.cuda()(x), expected)
+        assert memory.tables[0].weight.device.type == "cpu"
+        assert memory.to("cuda", torch.bfloat16)(x.bfloat16()).is_cuda
+        assert memory.tables[0].weight.device.type == "cpu"
+        assert memory.tables[0].weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -27,12 +27,14 @@ LARGE = (
 
 ON_A_GPU = {
     "memory_layer": "memory_layer",
+    "values_on_cpu": "values_on_cpu",
     "train_step": f"train_step {LARGE} rounds=3 steps_per_round=2",
     "train_step_sparse": f"train_step {LARGE} rounds=3 steps_per_round=2 optim.value_update=sparse",
     "generate": f"generate {DEBUG} rounds=2",
 }
 ON_A_CPU = {
     "memory_layer": "memory_layer device=cpu",
+    "values_on_cpu": "values_on_cpu device=cpu",
     "train_step": f"train_step {DEBUG}",
     "train_step_sparse": f"train_step {DEBUG} optim.value_update=sparse",
     "generate": f"generate {DEBUG} rounds=2",

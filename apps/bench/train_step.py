@@ -1,5 +1,5 @@
 """Training steps of a config's memory model beside the same model with feed-forwards in place of its memories, and, on
-one rank, beside the one whose memories search and look up by PyTorch's own operators.
+one rank, beside the one whose memories search and look up by PyTorch's own operators (which need the tables there).
 
     python -m apps.bench.train_step config=apps/main/configs/debug.yaml [rounds=10] [out=result.json]
     torchrun --nproc-per-node 8 -m apps.bench.train_step config=... distributed.memory_parallel_size=8
@@ -74,7 +74,7 @@ def measure(args: BenchArgs, world: World) -> list[dict[str, object]]:
     dense_args = copy.deepcopy(args)
     dense_args.model.productkey_args.is_enabled = False
     contestants = {"memory": build_step(args, world), "dense": build_step(dense_args, world)}
-    if world.size == 1:
+    if world.size == 1 and args.distributed.values_device is None:
         plain_args = copy.deepcopy(args)
         plain_args.optim.value_update, plain_args.optim.value_rounding = "dense", "nearest"
         contestants["memory, plain operators"] = build_step(plain_args, world, plain=True)

@@ -167,7 +167,7 @@ def evaluate_checkpoint(args: EvalArgs, should_stop: Callable[[], bool] | None =
 def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[str, Any]:
     generator_args = args.generator
     model, tokenizer, config = load_consolidated_model_and_tokenizer(
-        args.ckpt_dir, pick_device(generator_args.device), generator_args.dtype
+        args.ckpt_dir, pick_device(generator_args.device), generator_args.dtype, generator_args.values_device
     )
     generator = PackedCausalTransformerGenerator(generator_args, model, tokenizer, config["data"]["add_bos"])
     where = torch.cuda.get_device_name() if generator.device.type == "cuda" else "the CPU"

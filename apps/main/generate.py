@@ -66,7 +66,8 @@ class GeneratorArgs:
     be generated included; a prompt that needs more is a batch by itself. `seed`: of samples.
 
     `compile_prefilling` compiles the reading of prompts; `reduce_generation_overhead` makes each further token one CUDA
-    graph (on a CPU it does nothing). `show_progress`: a line every second instead of every 10.
+    graph (on a CPU it does nothing). `show_progress`: a line every second instead of every 10. `values_device`: cpu
+    leaves value tables in the CPU's memory, where they do not fit the GPU's; null: they lie where the model does.
     """
 
     temperature: float = 0.0
@@ -81,6 +82,7 @@ class GeneratorArgs:
     show_progress: bool = False
     dtype: str = "bf16"
     device: str = "cuda"
+    values_device: str | None = None
     seed: int = 42
 
 
@@ -117,6 +119,13 @@ def validate_generator_args(args: GeneratorArgs, prefix: str = "") -> None:
         raise ValueError(f"{prefix}dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
     if args.device not in ("cuda", "cpu"):
         raise ValueError(f"{prefix}device: '{args.device}' is neither cuda nor cpu")
+    if args.values_device not in (None, "cpu"):
+        raise ValueError(f"{prefix}values_device: '{args.values_device}' is neither null nor cpu")
+    if args.values_device == "cpu" and args.reduce_generation_overhead:
+        raise ValueError(
+            f"{prefix}reduce_generation_overhead: true goes not with values_device=cpu, since no CUDA graph fetches "
+            "rows from the CPU's memory; set one of them back"
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,7 +137,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_consolidated_model_and_tokenizer(
-    path: str | Path, device: torch.device | None = None, dtype: str = "fp32"
+    path: str | Path, device: torch.device | None = None, dtype: str = "fp32", values_device: str | None = None
 ) -> tuple[LMTransformer, Tokenizer, dict[str, Any]]:
     """Model (ready to be evaluated), tokenizer, and the config of the run that trained it.
 
@@ -137,6 +146,7 @@ def load_consolidated_model_and_tokenizer(
     Args:
         path: a checkpoint folder, distributed or consolidated.
         dtype: of the matrices and value tables, which autocast would round to it at each use; the rest is fp32.
+        values_device: "cpu" for value tables that stay in the CPU's memory.
 
     Raises ValueError where there is no such checkpoint, or not a whole one.
     """
@@ -161,8 +171,11 @@ def load_consolidated_model_and_tokenizer(
         with torch.device("meta"):
             model = LMTransformer(model_args)
         _set_dtype(model, DTYPES[dtype])
+        device = device or torch.device("cpu")
+        if values_device == "cpu":
+            model.keep_values_on_cpu(device)
         with explaining_memory("generator.dtype: the whole model does not fit this GPU's memory, beside what is there"):
-            model.to_empty(device=device or torch.device("cpu"))
+            model.to_empty(device=device)
         model.rope_embeddings.reset_parameters()
     load_model(path, model, compared=True)
     if isinstance(model.output, TiedOutput) and dtype != "fp32":
@@ -715,7 +728,9 @@ def main() -> None:
     init_logger(stream=sys.stderr)
     validate_generate_args(args)
     prompts = read_prompts(Path(args.prompt_file)) if args.prompt_file is not None else args.prompts
-    model, tokenizer, config = load_consolidated_model_and_tokenizer(args.ckpt, pick_device(args.device), args.dtype)
+    model, tokenizer, config = load_consolidated_model_and_tokenizer(
+        args.ckpt, pick_device(args.device), args.dtype, args.values_device
+    )
     generator = PackedCausalTransformerGenerator(args, model, tokenizer, config["data"]["add_bos"])
     cut_prompts([], args, model.max_seqlen)
     too_large = f"max_tokens: {args.max_tokens} tokens at once do not fit the GPU's memory; lower it"

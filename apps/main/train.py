@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -90,7 +91,14 @@ from lingua.metrics import (
     start_wandb,
     validate_logging_args,
 )
-from lingua.optim import OptimArgs, build_optimizer, clip_gradients, set_schedule_step, validate_optim_args
+from lingua.optim import (
+    OptimArgs,
+    build_optimizer,
+    clip_gradients,
+    set_schedule_step,
+    split_parameters,
+    validate_optim_args,
+)
 from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
@@ -194,6 +202,11 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
 
 def validate_value_update(args: TrainArgs, world: World) -> None:
     """Raises ValueError, one line that names the key, where sparse updates do not go with the layout."""
+    if args.distributed.values_device == "cpu" and args.optim.value_update != "sparse":
+        raise ValueError(
+            f"distributed.values_device: cpu goes not with optim.value_update={args.optim.value_update}, which makes a "
+            "gradient of the table's size; set optim.value_update=sparse"
+        )
     if args.optim.value_update == "sparse" and splits_tables_by_rows(args.distributed, world):
         raise ValueError(
             "optim.value_update: sparse goes not with distributed.fsdp_type=full_shard, which splits value tables by "
@@ -235,6 +248,18 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def check_room_for_values(model: LMTransformer) -> None:
+    """Raises ValueError where tables that are to lie in the CPU's memory do not fit it beside their two moments."""
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, by torchrun
+    wanted, total = 3 * n_ranks * local_bytes(split_parameters(model)["values"]), psutil.virtual_memory().total
+    if wanted > total:
+        raise ValueError(
+            f"distributed.values_device: value tables and their moments take {wanted / 1e9:,.1f} GB on this machine, "
+            f"which has {total / 1e9:,.1f} GB of memory; lower model.productkey_args.mem_n_keys, or split them over "
+            "ranks by distributed.memory_parallel_size"
+        )
+
+
 # --- building ------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +284,10 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
     dense, memory = count_parameters(model)
     threads = torch.get_num_threads()
     held = f"{local_bytes(model.parameters()) / 2**20:,.0f} MiB on this rank"
+    if memory and args.distributed.values_device == "cpu":
+        tables = split_parameters(model)["values"]
+        held += f", {local_bytes(tables) / 2**20:,.0f} of them for values, in the CPU's memory with their moments"
+        held += f" ({threads} threads)"
     logger.info("parameters: %s dense, %s in memory values; %s", f"{dense:,}", f"{memory:,}", held)
     logger.info(
         "%s rank(s) on %s (%s), computing in %s; torch %s, Python %s",
@@ -298,6 +327,8 @@ def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
     given = args.eval.get("generator") or {}
     if "dtype" not in given:
         wanted.generator.dtype = args.distributed.model_dtype
+    if "values_device" not in given:
+        wanted.generator.values_device = args.distributed.values_device
     if "max_gen_len" not in given:
         wanted.generator.max_gen_len = max(min(wanted.generator.max_gen_len, args.data.seq_len // 2), 1)
     wanted.ckpt_dir = str(checkpoint_folder(args) / f"{step:010d}")
@@ -416,6 +447,8 @@ class Run:
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
+        if args.distributed.values_device == "cpu":
+            check_room_for_values(self.model)
         self.guard = Guard(args.guard, self.model, world)
         self.latest_batches: deque[tuple[int, list[Batch]]] = deque(maxlen=BATCHES_KEPT)
 

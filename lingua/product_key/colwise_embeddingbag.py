@@ -12,6 +12,7 @@ and the gradients go the same way back ("Memory Layers at Scale", section 3.2). 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from lingua.initialize import normal
+from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
 from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 
@@ -32,10 +34,35 @@ class xFormerEmbeddingBag(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dim))
         self.row_gradients: RowGradients | None = None
+        self.computed_on: torch.device | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        normal(self.weight, std=self.weight.shape[1] ** -0.5)
+        normal(self.weight, std=self.weight.shape[1] ** -0.5, drawn_on=self.computed_on)
+
+    def keep_on_cpu(self, computed_on: torch.device) -> None:
+        """From now on the table stays in the CPU's memory, wherever the module is moved; lookups, on `computed_on`,
+        fetch the rows that they read. It has gradients by rows alone (`note_rows`).
+        """
+        if not self.weight.is_meta:
+            self.to("cpu")
+        self.computed_on = computed_on
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """What all of nn.Module's `to`, `cuda`, `to_empty`, `bfloat16`, ... come down to."""
+        if self.computed_on is None:
+            return super()._apply(fn, recurse)
+
+        def apply_at_home(tensor: torch.Tensor) -> torch.Tensor:
+            # What it makes of nothing shows the type and the device that it wants.
+            wanted = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if wanted.device.type in ("cpu", "meta"):
+                return fn(tensor)
+            if tensor.is_meta:
+                return torch.empty_like(tensor, dtype=wanted.dtype, device="cpu")
+            return tensor.to(wanted.dtype)
+
+        return super()._apply(apply_at_home, recurse)
 
     def note_rows(self, whole: bool = False) -> RowGradients:
         """From now on the table's gradient is noted by rows, and `weight.grad` stays None; until `make_whole`, with
@@ -51,14 +78,29 @@ class xFormerEmbeddingBag(nn.Module):
         return None if self.row_gradients is None else self.row_gradients.ticket
 
     def forward(self, indices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return xformers_embedding_bag(indices, self.weight, scores, ticket=self.ticket)
+        return self.look_up(self.weight, indices, scores)
+
+    def look_up(self, weight: torch.Tensor, indices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`forward` in `weight`, which is all of the table or some of its columns."""
+        if self.computed_on is None:
+            return xformers_embedding_bag(indices, weight, scores, ticket=self.ticket)
+        self._refuse_whole_gradient()
+        return fetched_embedding_bag(indices, weight, scores, self.ticket)
+
+    def _refuse_whole_gradient(self) -> None:
+        is_whole = self.row_gradients is None or self.row_gradients.whole
+        if is_whole and self.weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("a table in the CPU's memory has gradients by rows only: optim.value_update=sparse")
 
 
 class SlotProducts(xFormerEmbeddingBag):
     """PEER's first table: `(indices (N, bag), x (N, dim)) -> (N, bag)`, the products of each token with its rows."""
 
-    def forward(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return slot_products(indices, self.weight, x, self.ticket)
+    def look_up(self, weight: torch.Tensor, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.computed_on is None:
+            return slot_products(indices, weight, x, self.ticket)
+        self._refuse_whole_gradient()
+        return fetched_slot_products(indices, weight, x, self.ticket)
 
 
 class ColwiseEmbeddingBag(ParallelStyle):
@@ -77,12 +119,19 @@ class ColwiseEmbeddingBag(ParallelStyle):
             raise ValueError(f"{n_ranks} ranks do not divide the value table's {dim} columns")
         own = module.weight.detach()[:, rank * (dim // n_ranks) : (rank + 1) * (dim // n_ranks)].contiguous()
         placements = [Replicate()] * (device_mesh.ndim - 1) + [Shard(1)]
-        split = DTensor.from_local(own, device_mesh, placements, run_check=False, shape=(size, dim), stride=(dim, 1))
+        mesh = device_mesh if module.computed_on is None else _on_the_cpu(device_mesh)
+        split = DTensor.from_local(own, mesh, placements, run_check=False, shape=(size, dim), stride=(dim, 1))
         module.weight = nn.Parameter(split)
         group = _Group(device_mesh.get_group(device_mesh.ndim - 1).group_name, n_ranks)
         forward = _products_by_columns if isinstance(module, SlotProducts) else _sums_by_columns
         module.forward = functools.partial(forward, module, group)
         return module
+
+
+def _on_the_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks in the same groups, for tensors in the CPU's memory."""
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh.contiguous(), mesh_dim_names=mesh.mesh_dim_names)
 
 
 class _Group(NamedTuple):
@@ -99,14 +148,14 @@ def _sums_by_columns(
     # In the table's type, to which the lookup rounds them anyway: half as many bytes to send where that is bf16.
     scores = _Gather.apply(scores.to(weight.dtype), *group)
     slots = _gather_slots(indices, len(weight), group)
-    columns = xformers_embedding_bag(slots, weight, scores, ticket=table.ticket)
+    columns = table.look_up(weight, slots, scores)
     return _Exchange.apply(columns, *group, True)
 
 
 def _products_by_columns(table: SlotProducts, group: _Group, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     weight = table.weight.to_local()
     own_columns = _Exchange.apply(x, *group, False)
-    products = slot_products(_gather_slots(indices, len(weight), group), weight, own_columns, table.ticket)
+    products = table.look_up(weight, _gather_slots(indices, len(weight), group), own_columns)
     # Each rank's are of its columns alone: summed, every rank getting its own tokens'.
     return _SumAndSplit.apply(products, *group)
 

@@ -56,13 +56,18 @@ def xformers_embedding_bag(
     """
     if mode != "sum":
         raise ValueError(f"mode: '{mode}' is not supported, only 'sum'")
+    check_bags(indices, per_sample_weights)
+    if ticket is not None:
+        weight = weight.detach()
+    return bag_sums(indices, weight, per_sample_weights.to(weight.dtype), weight.dtype, ticket)
+
+
+def check_bags(indices: torch.Tensor, per_sample_weights: torch.Tensor) -> None:
+    """Raises ValueError where not both are (N, bag)."""
     if indices.ndim != 2 or indices.shape != per_sample_weights.shape:
         raise ValueError(
             f"indices {tuple(indices.shape)} and per_sample_weights {tuple(per_sample_weights.shape)} must be (N, bag)"
         )
-    if ticket is not None:
-        weight = weight.detach()
-    return bag_sums(indices, weight, per_sample_weights.to(weight.dtype), weight.dtype, ticket)
 
 
 def slot_products(

@@ -237,6 +237,11 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, name, damage):
         ({"validation": ValidationArgs(use_val_from_train_src=False)}, "validation.sources: nothing"),
         ({"validation": ValidationArgs(sources=["a"], root_dir="/nowhere")}, "sources.a: no folder"),
         ({"generator": GeneratorArgs(dtype="bf15")}, "generator.dtype: 'bf15'"),
+        ({"generator": GeneratorArgs(values_device="gpu")}, "generator.values_device: 'gpu' is neither null nor cpu"),
+        (
+            {"generator": GeneratorArgs(values_device="cpu", reduce_generation_overhead=True)},
+            "generator.reduce_generation_overhead: true goes not with values_device=cpu",
+        ),
     ],
 )
 def test_bad_arguments_end_in_one_line(checkpoint, tmp_path, changes, message):

@@ -1,5 +1,6 @@
 """Training with `optim.value_update=sparse`, from the command line."""
 
+import json
 import re
 
 import pytest
@@ -53,6 +54,26 @@ def test_dense_and_sparse_take_over_from_each_other(start, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5]) - 2
 
 
+def test_tables_in_the_cpus_memory(start, tmp_path):
+    """The same losses, to the last bit, and validations, which read the tables where they are, too."""
+    (tmp_path / "held_out" / "words").mkdir(parents=True)
+    (tmp_path / "held_out" / "words" / "a.val.jsonl").write_text('{"text": "some words of a document"}')
+    evaluation = ["checkpoint.eval.every=5", f"eval.validation.root_dir={tmp_path / 'held_out'}"]
+    evaluation += ["eval.validation.sources=[words]", "eval.validation.use_val_from_train_src=false"]
+    runs = {name: tmp_path / name for name in ("plain", "on_cpu")}
+    for name, place in (("plain", []), ("on_cpu", ["distributed.values_device=cpu"])):
+        started = start(runs[name], "steps=10", SPARSE, *evaluation, *place).finish().ok()
+        assert started.err == ""
+        assert ("in the CPU's memory with their moments" in started.out) == (name == "on_cpu")
+    assert read_losses(runs["on_cpu"]) == read_losses(runs["plain"])
+    plain, on_cpu = weights(runs["plain"], 10), weights(runs["on_cpu"], 10)
+    assert all(torch.equal(on_cpu[name], tensor) for name, tensor in plain.items())
+    found = {name: runs[name] / "evals" / "0000000010" for name in runs}
+    assert "values_device: cpu" in (found["on_cpu"] / "config.yaml").read_text()
+    losses = [json.loads((folder / "validation.json").read_text())["words"]["loss"] for folder in found.values()]
+    assert losses[0] == losses[1]
+
+
 def test_two_ranks(tiny, tmp_path):
     arguments = [
         f"config={tiny}",
@@ -74,6 +95,11 @@ def test_two_ranks(tiny, tmp_path):
         ([SPARSE, "optim.value_rounding=random"], ["optim.value_rounding", "random"]),
         (STOCHASTIC[1:], ["optim.value_rounding", "value_update"]),
         (STOCHASTIC[:2], ["optim.value_rounding", "distributed.model_dtype=fp32"]),
+        (["distributed.values_device=cpu"], ["distributed.values_device", "set optim.value_update=sparse"]),
+        (
+            [SPARSE, "distributed.values_device=cpu", "model.productkey_args.mem_n_keys=1000000"],
+            ["distributed.values_device", "384,000.0 GB", "mem_n_keys"],
+        ),
     ],
 )
 def test_what_does_not_go_together(start, tmp_path, arguments, words):
