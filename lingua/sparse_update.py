@@ -75,6 +75,8 @@ class SparseAdamW(AdamW):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         skipped = getattr(self, "found_inf", None)
+        if skipped is not None:  # the table may lie in the CPU's memory
+            skipped = skipped.to(parameter.device)
         state["step"] += 1
         table, mean, square = (local_part(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
         dtype = torch.promote_types(table.dtype, torch.float32)
@@ -113,7 +115,7 @@ class SparseAdamW(AdamW):
             for tensor, new in zip((mean, square, table), updated, strict=True):
                 tensor.index_copy_(0, read, new.to(tensor.dtype))
         if skipped is not None:
-            state["step"] -= skipped.to(parameter.device)
+            state["step"] -= skipped
 
     def _generator(self, parameter: nn.Parameter, step: int) -> torch.Generator:
         key = (self.seed, step, self._numbers[parameter], _first_column(parameter))
