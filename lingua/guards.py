@@ -231,13 +231,14 @@ class Guard:
             self._skipped_lately.popleft()
         return self.args.max_bad_steps is not None and len(self._skipped_lately) >= self.args.max_bad_steps
 
-    def why_over(self, step: int) -> str:
+    def why_over(self, step: int, saved: int) -> str:
+        """`saved`: the step of the newest checkpoint, which is an earlier one than `step` where saving has failed."""
         steps = self._skipped_lately
+        what = "has the last good weights" if saved == step else "is the newest, since a later one could not be written"
         return (
             f"guard.max_bad_steps: {len(steps)} of the last {self.args.window} steps ({steps[0]} to {steps[-1]}) were "
-            f"skipped, since loss or gradients were not finite; the checkpoint of step {step} has the last good "
-            "weights: start again to go on behind these batches, or, if that does not help, go back to an earlier "
-            "checkpoint and lower optim.lr"
+            f"skipped, since loss or gradients were not finite; the checkpoint of step {saved} {what}: start again to "
+            "go on, or, if that does not help, go back to an earlier one and lower optim.lr"
         )
 
 

@@ -838,7 +838,7 @@ def answer_bad_steps(run: Run, told: list[float]) -> None:
         run.save(needed=False)
         run.finish_saving()
     with together():
-        raise ValueError(run.guard.why_over(run.step))
+        raise ValueError(run.guard.why_over(run.step, run.checkpoints.saved))
 
 
 def main() -> None:

@@ -74,6 +74,7 @@ def scontrol(tmp_path):
         ),
         ("loss", "full_shard", r"the loss is not finite \(nan on rank 1 \(\S+\)\)"),
     ],
+    ids=["gradient", "loss"],
 )
 def test_too_many_bad_steps(tiny, scontrol, tmp_path, fault, layout, what):
     """All ranks stop, with a checkpoint of the last good weights, from which the run can go on."""
