@@ -242,18 +242,18 @@ class CheckpointManager:
         try:
             yield
         except BaseException as error:
-            if self.rank == 0:
+            beside = self._places(step)[1]
+            if self.rank == 0 and not self._is_foreign(beside):
                 with contextlib.suppress(OSError):
-                    _remove(self._places(step)[1])
+                    _remove(beside)
             if isinstance(error, OSError):
                 raise OSError(f"checkpoint of step {step} in {self.path} could not be written: {error}") from None
             raise
 
     def _check_place(self, step: int, state: dict[str, Any]) -> None:
         """Raises OSError where it is taken, or has less room than the tensors take: nothing is begun then."""
-        final = self._places(step)[0]
-        if final.exists() and self._is_foreign(final):
-            raise OSError("another run's checkpoint of this step is there; name another checkpoint.path")
+        if any(place.exists() and self._is_foreign(place) for place in self._places(step)):
+            raise OSError("a checkpoint of this step is there that is not of this run; name another checkpoint.path")
         tensors = [value for value in _flatten(state).values() if isinstance(value, torch.Tensor)]
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())

@@ -40,6 +40,8 @@ BLOCK_BYTES = 2**22
 # Stands in a .metadata beside which there must be a CHECKSUMS_FILE.
 HAS_CHECKSUMS = "lingua.checkpoint_integrity"
 
+REMEDY = f"copy it anew, or if you have edited it, take it out of {CHECKSUMS_FILE}"
+
 READERS = 4
 SECONDS_BETWEEN_REPORTS = 5
 
@@ -219,7 +221,7 @@ def find_other_size(folder: Path, sums: dict[str, Checksums]) -> str | None:
             return f"the file {name} is missing, which is in {CHECKSUMS_FILE}"
         size = file.stat().st_size
         if size != of_file.bytes:
-            return f"the file {name} has {size} bytes, and {of_file.bytes} by {CHECKSUMS_FILE}"
+            return f"the file {name} has {size} bytes, and {of_file.bytes} by {CHECKSUMS_FILE}; {REMEDY}"
     return None
 
 
@@ -288,7 +290,5 @@ def _checksum(descriptor: int, number: int) -> str:
 
 
 def _changed(name: str, number: int) -> str:
-    return (
-        f"the file {name} holds other bytes than were written (the block at {number * BLOCK_BYTES}, by "
-        f"{CHECKSUMS_FILE}); copy it anew, or if that was on purpose, take it out of {CHECKSUMS_FILE}"
-    )
+    where = f"the block at {number * BLOCK_BYTES}, by {CHECKSUMS_FILE}"
+    return f"the file {name} holds other bytes than were written ({where}); {REMEDY}"

@@ -8,7 +8,14 @@ import torch
 torch.set_num_threads(1)
 
 # Begun first, or all else would be done while these still run. Tests on SLURM wait more than they compute.
-LONGEST = ("test_slurm.py", "test_layouts.py", "test_parallelize.py", "test_shuffle.py", "test_resume.py")
+LONGEST = (
+    "test_slurm.py",
+    "test_layouts.py",
+    "test_parallelize.py",
+    "test_shuffle.py",
+    "test_kills.py",
+    "test_resume.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -306,8 +306,9 @@ def test_retention_leaves_alone_what_is_not_of_the_run(tmp_path, caplog):
         assert sorted(os.listdir(theirs)) == [".0000000009.tmp", "0000000002", "0000000004", "0000000006"]
     assert all(file.read_bytes() == content for file, content in before.items())
     assert "is not of this run; remove it yourself" in caplog.text
-    with pytest.raises(OSError, match="step 4 .*another run's checkpoint of this step is there"):
-        manager.save(4, model, optimizer, {"step": 4, "data_loader_state": {}}, {"dump_dir": str(ours)})
+    for step in (4, 9):
+        with pytest.raises(OSError, match=f"step {step} .*a checkpoint of this step is there that is not of this run"):
+            manager.save(step, model, optimizer, {"step": step, "data_loader_state": {}}, {"dump_dir": str(ours)})
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
