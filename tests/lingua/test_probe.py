@@ -314,7 +314,8 @@ def check_untouched(*arguments: Any, **options: Any) -> None:
 
 @pytest.mark.parametrize("recomputing", RECOMPUTING)
 def test_training_is_untouched(recomputing):
-    settings = [{}, {"value_update": "sparse"}, {"model_dtype": "bf16"}]
+    sparse = {"value_update": "sparse"}
+    settings = [{}, sparse, {"model_dtype": "bf16"}, {"values_device": "cpu", **sparse}]
     for args, options in zip(itertools.cycle(MODELS.values()), settings, strict=False):
         check_untouched(args, **RECOMPUTING[recomputing], **options)
 
