@@ -183,7 +183,7 @@ def _place_of(line: bytes) -> tuple[float, float]:
         metrics = json.loads(line)
         step = metrics["global_step"]
         # Of a checkpoint without a step's name, evaluated into this run's folder: it belongs to no step.
-        return (-1, 0) if step is None else (step, metrics["acc_step"])
+        return (-1, 0) if step is None else (step, metrics.get("acc_step", 0))
     except (ValueError, KeyError, TypeError):
         return float("inf"), 0
 

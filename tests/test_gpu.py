@@ -19,6 +19,7 @@ from lingua.guards import Guard, GuardArgs, seed_of_backward
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
+from lingua.probe import probe
 from lingua.product_key import fetched_lookup
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 from lingua.product_key.search import search
@@ -218,8 +219,8 @@ PARTS = {
 }
 
 
-def train_a_little(distributed, memory=None, **optim):
-    """Losses of 12 steps on the same batch, in bf16."""
+def train_a_little(distributed, memory=None, probing=False, **optim):
+    """Losses of 12 steps on the same batch, in bf16; with a probe behind each of them."""
     sizes = {"layers": "1,3", "mem_n_keys": 64, "mem_knn": 16, "mem_k_dim": 64}
     args = LMTransformerArgs(
         dim=256,
@@ -253,7 +254,31 @@ def train_a_little(distributed, memory=None, **optim):
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if probing:
+            records = probe_row(model, tokens[:1])
+            assert len(records) == 167
+            assert all(parameter.grad is None for parameter in model.parameters())
     return losses
+
+
+def probe_row(model, row, dtype=torch.bfloat16):
+    def compute_loss():
+        with torch.autocast(row.device.type, dtype, enabled=dtype != torch.float32):
+            return model(row[:, :-1], row[:, 1:])
+
+    return probe(model, compute_loss)
+
+
+def test_the_probe_measures_as_on_the_cpu():
+    memory = ProductKeyArgs(is_enabled=True, layers="1", mem_n_keys=37, mem_heads=3, mem_knn=7, mem_k_dim=16)
+    args = LMTransformerArgs(dim=48, n_layers=3, n_heads=4, vocab_size=64, max_seqlen=40, productkey_args=memory)
+    model = LMTransformer(args)
+    row = torch.randint(64, (1, 41), generator=torch.Generator().manual_seed(0))
+    expected = probe_row(model, row, torch.float32)
+    found = probe_row(model.cuda(), row.cuda(), torch.float32)
+    for mine, plain in zip(found, expected, strict=True):
+        assert all(mine[key] == plain[key] for key in ("name", "layer", "kind", "n"))
+        assert [mine[key] for key in ("rms", "abs_max")] == pytest.approx([plain["rms"], plain["abs_max"]], rel=1e-2)
 
 
 @pytest.mark.parametrize("update", ["dense", "sparse"])
@@ -403,12 +428,13 @@ def test_moving_a_model_leaves_its_table():
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_train_alike(name):
-    """What changes how a block is computed changes its losses by rounding only."""
+    """What changes how a block is computed changes its losses by rounding only; the probe goes with all of it."""
     if "float8" in name:
         pytest.importorskip("torchao")
         if torch.cuda.get_device_capability() < (8, 9):
             pytest.skip("this GPU has no float8")
-    plain, changed = train_a_little(DistributedArgs()), train_a_little(DistributedArgs(**PARTS[name]))
+    plain = train_a_little(DistributedArgs())
+    changed = train_a_little(DistributedArgs(**PARTS[name]), probing=True)
     assert plain[10] < 0.5 * plain[0]
     # float8 drifts away as the batch is learnt by heart, more slowly.
     n_steps, close = (7, 5e-2) if "float8" in name else (11, 2e-2)

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ from lingua.optim import (
     validate_optim_args,
 )
 from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
+from lingua.probe import append_probe, drop_probes_after, probe
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
 from lingua.watch import WAITING_FOR_RANKS, Watch
@@ -172,12 +174,10 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
             raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.seed < 0:
         raise ValueError(f"seed: {args.seed} is negative, it must be 0 or more")
-    for key, wanted in (
-        ("probe_freq", args.probe_freq is not None),
-        ("profiling.run", args.profiling.run),
-    ):
-        if wanted:
-            raise ValueError(f"{key}: not available yet; leave it out")
+    if args.probe_freq is not None and args.probe_freq < 1:
+        raise ValueError(f"probe_freq: {args.probe_freq} is too small, it must be 1 or more, or null")
+    if args.profiling.run:
+        raise ValueError("profiling.run: not available yet; leave it out")
     validate_environment(args.env)
     validate_distributed_args(args.distributed, world)
     validate_data_args(args.data)
@@ -575,6 +575,21 @@ class Run:
             self.metrics.log(metrics)
             logger.info("%s", format_log_line(metrics, power_draw(device)))
 
+    def probe(self, batches: list[Batch]) -> None:
+        """Looks at the model that the step has left, with the first row of its batches."""
+        self.watch.at("probing", self.step)
+        start = time.perf_counter()
+        tokens = torch.from_numpy(batches[0][0][:1]).to(self.world.device)
+
+        def compute_loss() -> torch.Tensor:
+            with self.autocast():
+                return self.model(tokens[..., 0], tokens[..., 1])
+
+        records = probe(self.model, compute_loss)
+        append_probe(Path(self.args.dump_dir), self.step, self.world.rank, records)
+        logger.info("probe of step %s: %s tensors in %.2f s", self.step, len(records), time.perf_counter() - start)
+        self.stopwatch.restart_lap()
+
     def mean_over_ranks(self, loss: torch.Tensor) -> float:
         return reduce_sum([loss.item()])[0] / self.world.size
 
@@ -760,6 +775,8 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     run.materialize(resume_from)
     with together():
         stack.enter_context(open_logs(run))
+    with together():
+        drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size)
     logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
     try:
         train_steps(run, batches, stop_signal)
@@ -797,6 +814,8 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         if run.logs(run.step):
             with together():
                 run.log_step(step)
+        if run.args.probe_freq is not None and run.step % run.args.probe_freq == 0:
+            run.probe(batches)
         if run.checkpoints.is_due(run.step) or run.step == steps:
             run.save(needed=run.step == steps)
         if run.args.eval is not None and (run.checkpoints.args.eval.is_due(run.step) or run.step == steps):

@@ -47,8 +47,12 @@ class TiedOutput(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, which nn.Module does not look into
 
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._embedding[0].weight
+
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.linear(h, self._embedding[0].weight)
+        return F.linear(h, self.weight)
 
 
 class LMTransformer(BaseTransformer):
