@@ -1,0 +1,186 @@
+"""What a sheet shows of runs: panels of lines, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from apps.plots.read import Column, Run
+
+# Lines that can be told apart in one panel; and of one run among several, all in its colour.
+MOST_LINES = 8
+MOST_STYLES = 4
+
+# What a panel below shows, or what follows from it; all else that a run logs has a panel of its own.
+SHOWN = re.compile(r"(loss/out|(optim|speed|memory|pk)/.*)$")
+# Numbers in evaluations that are no results.
+COUNTS = re.compile(r"n_documents|n_tokens|n_bytes|sample_len|.*stderr.*")
+
+
+@dataclass
+class Line:
+    """Of run number `run`; `series`: which of the panel's things it tells of, "" where there is one only."""
+
+    run: int
+    series: str
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass
+class Panel:
+    """`log`: None where the numbers decide; `noisy`: to be smoothed; `sparse`: each point is shown; `from_zero`: an
+    amount, of which the axis shows all.
+    """
+
+    title: str
+    unit: str
+    lines: list[Line] = field(default_factory=list)
+    log: bool | None = False
+    noisy: bool = False
+    sparse: bool = False
+    from_zero: bool = False
+
+
+Columns = dict[str, Column]
+
+
+def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
+    """The panels that there are numbers for, the training loss first. `by_tokens`: over tokens instead of steps.
+
+    Raises ValueError where a run does not say how many tokens it has read.
+    """
+    panels: list[Panel] = []
+
+    def add(columns_of: Callable[[Run], Columns], title: str, unit: str = "", **looks: object) -> None:
+        panels.extend(_split(runs, [columns_of(run) for run in runs], by_tokens, title, unit, looks))
+
+    def pick(**names: str) -> Callable[[Run], Columns]:
+        return lambda run: {
+            series.replace("_", " "): run.metrics[name] for series, name in names.items() if name in run.metrics
+        }
+
+    add(pick(all="loss/out"), "training loss", "nats a token", log=None, noisy=True)
+    for metric in _metrics_in(run.validation for run in runs):
+        title, unit = VALIDATION.get(metric, (metric.replace("_", " "), ""))
+        add(_results("validation", metric), f"validation: {title}", unit, sparse=True)
+    add(pick(weights="optim/lr", value_tables="optim/value_lr"), "learning rate", from_zero=True)
+    norms = pick(weights="optim/grad_norm", value_tables="optim/value_grad_norm")
+    add(norms, "gradient norm before clipping", log=True, noisy=True)
+    add(pick(all="speed/wps"), "speed", "tokens/s a rank", noisy=True, from_zero=True)
+    add(_utilisation, "model FLOPs utilisation", "% of the device's peak", noisy=True, from_zero=True)
+    add(_waiting, "waiting for data", "% of a step", noisy=True, from_zero=True)
+    held = pick(active="memory/max_active_gib", reserved="memory/max_reserved_gib", resident="memory/rss_gib")
+    add(held, "memory", "GiB", from_zero=True)
+    add(_slots_read, "slots read in validation", "% of the table", sparse=True, from_zero=True)
+    for name in _memory_names(runs):
+        add(lambda run, name=name: _of_layers(run, name), f"memory layers: {name.replace('_', ' ')}", noisy=True)
+    for metric in _metrics_in(run.evals for run in runs):
+        add(_results("evals", metric), f"evaluation: {metric.replace('_', ' ')}", sparse=True)
+    for name in sorted({name for run in runs for name in run.metrics if not SHOWN.match(name)}):
+        if any(name in run.metrics and np.ptp(run.metrics[name].values) != 0 for run in runs):
+            add(pick(all=name), name)
+    return panels
+
+
+VALIDATION = {"loss": ("loss", "nats a token"), "bits_per_byte": ("bits per byte", "bits a byte of text")}
+
+
+# --- columns that are put together -----------------------------------------------------------------------------------
+
+
+def _results(kind: str, metric: str) -> Callable[[Run], Columns]:
+    return lambda run: {source: column for (name, source), column in getattr(run, kind).items() if name == metric}
+
+
+def _metrics_in(kinds) -> list[str]:
+    """Names of metrics in the order in which they come up."""
+    names = dict.fromkeys(metric for found in kinds for metric, source in found if source != "memory_slots")
+    return [name for name in names if not COUNTS.match(name)]
+
+
+def _utilisation(run: Run) -> Columns:
+    column = run.metrics.get("speed/mfu")
+    return {} if column is None else {"": Column(column.steps, 100 * column.values)}
+
+
+def _waiting(run: Run) -> Columns:
+    waited, whole = run.metrics.get("speed/data_load_time"), run.metrics.get("speed/curr_iter_time")
+    if waited is None or whole is None or len(waited.steps) != len(whole.steps):
+        return {}
+    share = np.divide(100 * waited.values, whole.values, out=np.zeros(len(whole.steps)), where=whole.values > 0)
+    return {"": Column(waited.steps, share)}
+
+
+def _slots_read(run: Run) -> Columns:
+    total = run.validation.get(("total", "memory_slots"))
+    if total is None:
+        return {}
+    size = dict(zip(total.steps, total.values, strict=True))
+    found = {}
+    for (name, source), column in run.validation.items():
+        if source == "memory_slots" and name.startswith("read"):
+            layer = name.removeprefix("read_by_layer_")
+            series = f"layer {layer}" if layer != name else "all layers"
+            found[series] = Column(column.steps, 100 * column.values / [size[step] for step in column.steps])
+    # Where there is one memory layer, all are that one.
+    return found if len(found) > 2 else {"": next(iter(found.values()))} if found else {}
+
+
+def _memory_names(runs: list[Run]) -> list[str]:
+    """Of `pk/layer_{i}/<name>`, and of `pk/<name>`, which is of all layers."""
+    found = (re.match(r"pk/(?:layer_\d+/)?(.+)", name) for run in runs for name in run.metrics)
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def _of_layers(run: Run, name: str) -> Columns:
+    found = {}
+    for key, column in run.metrics.items():
+        match = re.fullmatch(rf"pk/(?:layer_(\d+)/)?{re.escape(name)}", key)
+        if match:
+            found[f"layer {match[1]}" if match[1] else "all layers"] = column
+    return found
+
+
+# --- panels out of columns -------------------------------------------------------------------------------------------
+
+
+def _split(
+    runs: list[Run], found: list[Columns], by_tokens: bool, title: str, unit: str, looks: dict[str, object]
+) -> list[Panel]:
+    """One panel, or several where it would have more lines than can be told apart; none without a number."""
+    series = sorted({name for columns in found for name in columns}, key=_in_order)
+    n_runs = sum(1 for columns in found if columns)
+    at_once = MOST_LINES if n_runs == 1 else max(min(MOST_STYLES, MOST_LINES // max(n_runs, 1)), 1)
+    panels = []
+    for start in range(0, len(series), at_once):
+        shown = series[start : start + at_once]
+        panel = Panel(title, unit, **looks)
+        for number, columns in enumerate(found):
+            for name in shown:
+                if name in columns and not np.isnan(columns[name].values).all():
+                    x = tokens_at(runs[number], columns[name].steps) if by_tokens else columns[name].steps
+                    panel.lines.append(Line(number, name if len(series) > 1 else "", x, columns[name].values))
+        if len(series) > at_once == 1:
+            panel.title = f"{title}, {shown[0]}"
+        if panel.lines:
+            panels.append(panel)
+    return panels
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Numbers in names by their size."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def tokens_at(run: Run, steps: np.ndarray) -> np.ndarray:
+    """How many tokens were read up to each step. Raises ValueError where the run does not say."""
+    column = run.metrics.get("optim/total_tokens")
+    if column is None:
+        raise ValueError(f"x: tokens, but {run.folder / 'metrics.jsonl'} has no optim/total_tokens; set x=steps")
+    known, read = np.concatenate([[0], column.steps]), np.concatenate([[0], column.values])
+    # Beyond the last line, such as an evaluation's checkpoint, at the pace so far.
+    return np.where(steps <= known[-1], np.interp(steps, known, read), read[-1] / known[-1] * steps)
