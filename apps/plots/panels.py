@@ -15,7 +15,7 @@ MOST_LINES = 8
 MOST_STYLES = 4
 
 # What a panel below shows, or what follows from it; all else that a run logs has a panel of its own.
-SHOWN = re.compile(r"(loss/out|(optim|speed|memory|pk)/.*)$")
+SHOWN = re.compile(r"(loss/out|(optim|speed|memory|pk|guard)/.*)$")
 # Numbers in evaluations that are no results.
 COUNTS = re.compile(r"n_documents|n_tokens|n_bytes|sample_len|.*stderr.*")
 
@@ -31,6 +31,17 @@ class Line:
 
 
 @dataclass
+class Mark:
+    """Where something happened in run number `run`, and how often: it may be more often than it was noted."""
+
+    run: int
+    symbol: str
+    what: str
+    x: np.ndarray
+    count: int
+
+
+@dataclass
 class Panel:
     """`log`: None where the numbers decide; `noisy`: to be smoothed; `sparse`: each point is shown; `from_zero`: an
     amount, of which the axis shows all.
@@ -39,6 +50,7 @@ class Panel:
     title: str
     unit: str
     lines: list[Line] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     log: bool | None = False
     noisy: bool = False
     sparse: bool = False
@@ -63,13 +75,13 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
             series.replace("_", " "): run.metrics[name] for series, name in names.items() if name in run.metrics
         }
 
-    add(pick(all="loss/out"), "training loss", "nats a token", log=None, noisy=True)
+    add(pick(all="loss/out"), TRAINING_LOSS, "nats a token", log=None, noisy=True)
     for metric in _metrics_in(run.validation for run in runs):
         title, unit = VALIDATION.get(metric, (metric.replace("_", " "), ""))
         add(_results("validation", metric), f"validation: {title}", unit, sparse=True)
     add(pick(weights="optim/lr", value_tables="optim/value_lr"), "learning rate", from_zero=True)
     norms = pick(weights="optim/grad_norm", value_tables="optim/value_grad_norm")
-    add(norms, "gradient norm before clipping", log=True, noisy=True)
+    add(norms, GRADIENT_NORM, log=True, noisy=True)
     add(pick(all="speed/wps"), "speed", "tokens/s a rank", noisy=True, from_zero=True)
     add(_utilisation, "model FLOPs utilisation", "% of the device's peak", noisy=True, from_zero=True)
     add(_waiting, "waiting for data", "% of a step", noisy=True, from_zero=True)
@@ -77,23 +89,51 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
     add(held, "memory", "GiB", from_zero=True)
     add(_slots_read, "slots read in validation", "% of the table", sparse=True, from_zero=True)
     for name in _memory_names(runs):
-        add(lambda run, name=name: _of_layers(run, name), f"memory layers: {name.replace('_', ' ')}", noisy=True)
+        title, unit = SLOT_USE.get(name, (f"memory layers: {name.replace('_', ' ')}", ""))
+        add(lambda run, name=name: _of_layers(run, name), title, unit, noisy=True)
     for metric in _metrics_in(run.evals for run in runs):
         add(_results("evals", metric), f"evaluation: {metric.replace('_', ' ')}", sparse=True)
     for name in sorted({name for run in runs for name in run.metrics if not SHOWN.match(name)}):
         if any(name in run.metrics and np.ptp(run.metrics[name].values) != 0 for run in runs):
             add(pick(all=name), name)
+    for panel in panels:
+        panel.marks = _marks(runs, panel, by_tokens)
     return panels
 
 
+TRAINING_LOSS = "training loss"
+GRADIENT_NORM = "gradient norm before clipping"
+# What the guards have counted, in the panels that it concerns.
+COUNTERS = {
+    TRAINING_LOSS: {"guard/skipped": "skipped", "guard/loss_spikes": "spikes"},
+    GRADIENT_NORM: {"guard/skipped": "skipped", "guard/grad_spikes": "spikes"},
+}
+# Metrics whose names alone say too little: (title, unit).
 VALIDATION = {"loss": ("loss", "nats a token"), "bits_per_byte": ("bits per byte", "bits a byte of text")}
+SLOT_USE = {
+    "read": ("slots read since the last log line", "share of the table"),
+    "ever_read": ("slots ever read", "share of the table"),
+    "kl": ("slot use: KL from uniform", "nats"),
+    "top_weight": ("weight of the top slot", "share of a head's weights"),
+    "value_update_norm": ("norm of value updates", "all rows read"),
+}
 
 
 # --- columns that are put together -----------------------------------------------------------------------------------
 
 
+def _sorted(columns: Columns) -> Columns:
+    """Numbers in names by their size."""
+    parts = {name: re.split(r"(\d+)", name) for name in columns}
+    order = sorted(columns, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in parts[name]])
+    return {name: columns[name] for name in order}
+
+
 def _results(kind: str, metric: str) -> Callable[[Run], Columns]:
-    return lambda run: {source: column for (name, source), column in getattr(run, kind).items() if name == metric}
+    def results(run: Run) -> Columns:
+        return {source: column for (name, source), column in getattr(run, kind).items() if name == metric}
+
+    return lambda run: _sorted(results(run))
 
 
 def _metrics_in(kinds) -> list[str]:
@@ -127,7 +167,9 @@ def _slots_read(run: Run) -> Columns:
             series = f"layer {layer}" if layer != name else "all layers"
             found[series] = Column(column.steps, 100 * column.values / [size[step] for step in column.steps])
     # Where there is one memory layer, all are that one.
-    return found if len(found) > 2 else {"": next(iter(found.values()))} if found else {}
+    if len(found) == 2:
+        found.pop("all layers", None)
+    return _sorted(found)
 
 
 def _memory_names(runs: list[Run]) -> list[str]:
@@ -142,7 +184,7 @@ def _of_layers(run: Run, name: str) -> Columns:
         match = re.fullmatch(rf"pk/(?:layer_(\d+)/)?{re.escape(name)}", key)
         if match:
             found[f"layer {match[1]}" if match[1] else "all layers"] = column
-    return found
+    return _sorted(found)
 
 
 # --- panels out of columns -------------------------------------------------------------------------------------------
@@ -152,7 +194,7 @@ def _split(
     runs: list[Run], found: list[Columns], by_tokens: bool, title: str, unit: str, looks: dict[str, object]
 ) -> list[Panel]:
     """One panel, or several where it would have more lines than can be told apart; none without a number."""
-    series = sorted({name for columns in found for name in columns}, key=_in_order)
+    series = list(dict.fromkeys(name for columns in found for name in columns))
     n_runs = sum(1 for columns in found if columns)
     at_once = MOST_LINES if n_runs == 1 else max(min(MOST_STYLES, MOST_LINES // max(n_runs, 1)), 1)
     panels = []
@@ -171,9 +213,22 @@ def _split(
     return panels
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Numbers in names by their size."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+def _marks(runs: list[Run], panel: Panel, by_tokens: bool) -> list[Mark]:
+    """Where numbers of the panel are not finite, and where what is counted has become more."""
+    marks = []
+    for number in dict.fromkeys(line.run for line in panel.lines):
+        run = runs[number]
+        gaps = [line.x[np.isnan(line.y)] for line in panel.lines if line.run == number]
+        gaps = np.unique(np.concatenate(gaps))
+        if len(gaps):
+            marks.append(Mark(number, "x", "not finite", gaps, len(gaps)))
+        for name, what in COUNTERS.get(panel.title, {}).items():
+            column = run.metrics.get(name)
+            if column is not None and column.values[-1] > 0:
+                steps = column.steps[np.diff(column.values, prepend=0) > 0]
+                x = tokens_at(run, steps) if by_tokens else steps
+                marks.append(Mark(number, "x" if what == "skipped" else "^", what, x, int(column.values[-1])))
+    return marks
 
 
 def tokens_at(run: Run, steps: np.ndarray) -> np.ndarray:

@@ -7,17 +7,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from apps.plots.read import Run
-from apps.plots.style import STYLE, short
+from apps.plots.style import STYLE, TICKS, short
 
 # In the order of a forward pass, then those of the way back. Others come behind them.
 KINDS = (
@@ -176,8 +175,7 @@ def _draw(ax: Axes, view: View, picture: Picture, scale: tuple[str, Normalize]) 
         shown = np.ma.clip(shown, norm.vmin, None)  # a zero has no logarithm: it is the darkest
     mesh = ax.pcolormesh(*edges, shown, cmap=colours, norm=norm, rasterized=True)
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda depth, _: "emb" if depth == -1 else f"{depth:.0f}"))
-    ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=TICKS))
     ax.xaxis.set_major_formatter(FuncFormatter(short))
     return mesh
 
@@ -210,7 +208,7 @@ def _colour_bar(band: SubFigure, mesh: QuadMesh, axes: list[Axes]) -> None:
     bar = band.colorbar(mesh, ax=axes, pad=0.02, aspect=16, fraction=0.05)
     bar.outline.set_visible(False)
     if isinstance(mesh.norm, LogNorm):
-        decades = np.log10(mesh.norm.vmax / mesh.norm.vmin)
-        bar.ax.yaxis.set_major_locator(LogLocator(numticks=4) if decades > 2 else MaxNLocator(3))
+        low, high = mesh.norm.vmin, mesh.norm.vmax
+        bar.ax.yaxis.set_major_locator(FixedLocator([low, (low * high) ** 0.5, high]))
         bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(short))

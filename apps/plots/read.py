@@ -117,6 +117,8 @@ def _numbers(record: dict[str, Any], prefix: str) -> Iterable[tuple[str, float]]
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}/")
+        elif value is None:  # how a number that is not finite is written
+            yield f"{prefix}{name}", math.nan
         elif isinstance(value, int | float) and not isinstance(value, bool):
             # Neither of the infinities, nor a whole number beyond all floats.
             yield f"{prefix}{name}", float(value) if abs(value) < 1e300 else math.nan

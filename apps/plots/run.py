@@ -37,9 +37,9 @@ ROOM_FOR_PICTURES = 2**22  # bytes
 class PlotArgs:
     """`dump_dir`: of one run or several, also as words of their own.
 
-    `out`: a folder, or a file that ends in .png or .svg; `plots` in the first dump_dir where null. `x`: steps or tokens.
-    `smooth`: log lines that a line is the mean of, 1: none, null: a 50th of all. `log_loss`: the loss on a log axis,
-    null: where it falls by much. `statistics`: of the probe, a sheet for each.
+    `out`: a folder, or a file that ends in .png or .svg; `plots` in the first dump_dir where null. `x`: steps, or
+    tokens. `smooth`: log lines that a line is the mean of, 1: none, null: a 50th of all. `log_loss`: the loss on a log
+    axis, null: where it falls by much. `statistics`: of the probe, a sheet for each.
     """
 
     dump_dir: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def parse_command_line(argv: list[str]) -> PlotArgs:
 
 
 def is_folder(word: str) -> bool:
-    return word.startswith("dump_dir=") or "=" not in word
+    return word.startswith("dump_dir=") or "=" not in word or Path(word).is_dir()  # of a sweep: optim.lr=1e-4
 
 
 def files_in(out: Path, name: str) -> list[Path]:

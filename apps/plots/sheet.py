@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,14 +15,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from apps.plots.curves import smooth, thin
 from apps.plots.panels import Line, Panel
 from apps.plots.read import Run
-from apps.plots.style import COLOURS, DASHES, GREY, STYLE, colours, label_ends, short, use_log_ticks
+from apps.plots.style import COLOURS, DASHES, STYLE, TICKS, colours, label_ends, short, use_log_ticks
 
 # A loss is drawn on a log axis where it falls by more than this factor.
 LOG_FROM = 2.5
 # Width in points that a smoothed line keeps of a noisy one.
 SMOOTHED_TO = 50
-PANEL_SIZE = (3.6, 2.3)  # inches
-NOT_FINITE = "#B00020"
+# Inches: of a cell, and of what lies around the axes in it.
+CELL = (3.7, 2.35)
+LEFT, RIGHT, TOP, BOTTOM = 0.62, 1.0, 0.28, 0.45
+TITLE = 0.4  # of a line of the sheet's title
+ALARM = "#B00020"
+ALL_LAYERS = "#444444"
+SIGNS = {"x": "×", "^": "▲"}  # of matplotlib's markers
 
 
 def draw_sheet(
@@ -31,68 +37,94 @@ def draw_sheet(
     50th of all where None; `log_loss`: the first panel's axis, as the numbers are where None.
     """
     n_rows, n_columns = grid(len(panels))
+    # One run's colours tell things apart, those of several the runs.
+    run_colours = colours(len(runs)) if len(runs) > 1 else []
+    layer_colours = colours_of_layers(panels)
+    end = max((line.x[-1] for panel in panels for line in panel.lines), default=1)
     with plt.rc_context(STYLE):
-        size = (PANEL_SIZE[0] * n_columns, PANEL_SIZE[1] * n_rows + 0.7)
-        figure = plt.figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-        cells = figure.add_gridspec(n_rows, n_columns)
-        places = [cells[:2, :2]] + [cells[r, c] for r in range(n_rows) for c in range(n_columns) if r > 1 or c > 1]
-        run_colours = colours(len(runs))
-        labels = []
+        title = TITLE * max(math.ceil(len(runs) / 2), 1)
+        figure = plt.figure(figsize=(CELL[0] * n_columns, CELL[1] * n_rows + title))
+        places = [(0, 0, 2)] + [(r, c, 1) for r in range(n_rows) for c in range(n_columns) if r > 1 or c > 1]
         for number, (panel, place) in enumerate(zip(panels, places, strict=False)):
-            ax = figure.add_subplot(place)
-            labels.append(draw_panel(ax, panel, run_colours, width, log_loss if number == 0 else None))
+            ax = add_axes(figure, *place)
+            ends = draw_panel(ax, panel, run_colours, layer_colours, width, log_loss if number == 0 else None)
+            ax.set_xlim(-0.02 * end, 1.02 * end)
             ax.set_xlabel(x_label)
-        set_titles(figure, panels, runs, run_colours)
-        figure.draw_without_rendering()  # which gives the axes their places
-        for ax, ends in zip(figure.axes, labels, strict=True):
             label_ends(ax, ends)
+        set_titles(figure, runs, run_colours)
     return figure
 
 
+def add_axes(figure: Figure, row: int, column: int, size: int) -> Axes:
+    """In `size` x `size` cells, counted from the top left; its texts have their place in them, too."""
+    width, height = figure.get_size_inches()
+    n_rows = int(height // CELL[1])
+    left, bottom = column * CELL[0] + LEFT, (n_rows - row - size) * CELL[1] + BOTTOM
+    inside = size * CELL[0] - LEFT - RIGHT, size * CELL[1] - TOP - BOTTOM
+    return figure.add_axes((left / width, bottom / height, inside[0] / width, inside[1] / height))
+
+
 def grid(n_panels: int) -> tuple[int, int]:
-    """(rows, columns) of cells for one panel of 2 x 2 cells and all others: few empty cells, about as wide as a screen."""
+    """(rows, columns) of cells, for one panel of 2 x 2 cells and all others: few are empty, the whole like a screen."""
     n_cells = n_panels + 3
 
     def cost(n_columns: int) -> float:
         n_rows = max(math.ceil(n_cells / n_columns), 2)
-        ratio = n_columns * PANEL_SIZE[0] / (n_rows * PANEL_SIZE[1] + 0.7)
+        ratio = n_columns * CELL[0] / (n_rows * CELL[1] + TITLE)
         return n_rows * n_columns / n_cells - 1 + abs(math.log(ratio / 1.7))
 
     n_columns = min(range(2, 9), key=cost)
     return max(math.ceil(n_cells / n_columns), 2), n_columns
 
 
+def colours_of_layers(panels: list[Panel]) -> dict[str, str]:
+    """A layer has the same colour in all panels."""
+    names = {line.series for panel in panels for line in panel.lines if re.fullmatch(r"layer \d+", line.series)}
+    ordered = sorted(names, key=lambda name: int(name.split()[1]))
+    return {"all layers": ALL_LAYERS, **dict(zip(ordered, colours(len(ordered)), strict=True))}
+
+
 def draw_panel(
-    ax: Axes, panel: Panel, run_colours: list[str], width: int | None = None, log: bool | None = None
+    ax: Axes,
+    panel: Panel,
+    run_colours: list[str],
+    layer_colours: dict[str, str],
+    width: int | None = None,
+    log: bool | None = None,
 ) -> list[tuple[float, str, str]]:
-    """Returns what to write at the ends of its lines: (value, text, colour)."""
+    """Returns what to write at the ends of its lines: (value, text, colour). Without `run_colours` there is one run."""
     series = list(dict.fromkeys(line.series for line in panel.lines))
-    several = len(run_colours) > 1
-    log = is_log(panel) if log is None else log
+    log = is_log(panel, log)
     ends = []
     for line in panel.lines:
         place = series.index(line.series)
-        colour = run_colours[line.run] if several else COLOURS[place % len(COLOURS)]
-        dash = DASHES[place % len(DASHES)] if several or place >= len(COLOURS) else "-"
+        colour = layer_colours.get(line.series, COLOURS[place % len(COLOURS)])
+        dash = DASHES[place // len(COLOURS)]
+        if run_colours:
+            colour, dash = run_colours[line.run], DASHES[place % len(DASHES)]
         y = draw_line(ax, line, panel, colour, dash, width or math.ceil(len(line.x) / SMOOTHED_TO), log)
         last = y[~np.isnan(y)][-1]
-        ends.append((last, f"{line.series} {short(last)}".strip(), colour))
+        ends.append((last, f"{shortened(line.series, 16)} {short(last)}".strip(), colour))
     if log:
         ax.set_yscale("log")
         use_log_ticks(ax)
         ends = [(value, text, colour) for value, text, colour in ends if value > 0]
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
         ax.yaxis.set_major_formatter(FuncFormatter(short))
         if panel.from_zero:
             ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
     ax.xaxis.set_major_formatter(FuncFormatter(short))
-    ax.set_title(panel.title)
+    ax.set_title(shortened(panel.title, 42))
     ax.set_ylabel(panel.unit)
-    mark_gaps(ax, panel)
+    draw_marks(ax, panel, run_colours)
     return ends
+
+
+def shortened(text: str, most: int) -> str:
+    """With the end of a long text, which tells more than its beginning."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def draw_line(ax: Axes, line: Line, panel: Panel, colour: str, dash: str | tuple, width: int, log: bool) -> np.ndarray:
@@ -107,34 +139,43 @@ def draw_line(ax: Axes, line: Line, panel: Panel, colour: str, dash: str | tuple
     return y
 
 
-def is_log(panel: Panel) -> bool:
-    """As the panel says; where the numbers decide, for all positive ones that differ by more than LOG_FROM times."""
+def is_log(panel: Panel, wanted: bool | None = None) -> bool:
+    """As wanted, or as the panel says, or else where the highest is more than LOG_FROM times the lowest; never without
+    a positive number.
+    """
     values = np.concatenate([line.y for line in panel.lines])
     values = values[~np.isnan(values)]
-    if panel.log is None:
+    wanted = panel.log if wanted is None else wanted
+    if wanted is None:
         return bool(values.min() > 0 and values.max() > LOG_FROM * values.min())
-    return bool(panel.log and (values > 0).any())
+    return bool(wanted and (values > 0).any())
 
 
-def mark_gaps(ax: Axes, panel: Panel) -> None:
-    """Where a number was not finite, on the lower edge, and how often above the panel."""
-    gaps = np.unique(np.concatenate([line.x[np.isnan(line.y)] for line in panel.lines]))
-    if len(gaps):
-        edge = ax.get_xaxis_transform()
-        ax.plot(gaps, np.full(len(gaps), 0.02), "x", color=NOT_FINITE, markersize=4, transform=edge, clip_on=False)
-        ax.set_title(f"× {len(gaps)} not finite", loc="right", color=NOT_FINITE, fontweight="normal", fontsize=7.5)
+def draw_marks(ax: Axes, panel: Panel, run_colours: list[str]) -> None:
+    """On the lower edge; what they are, and how many, at the right above."""
+    look = {"transform": ax.get_xaxis_transform(), "markersize": 4, "clip_on": False}
+    for mark in panel.marks:
+        colour = run_colours[mark.run] if run_colours else ALARM
+        ax.plot(mark.x, np.full(len(mark.x), 0.02), mark.symbol, color=colour, **look)
+    counted = []
+    for symbol, what in dict.fromkeys((mark.symbol, mark.what) for mark in panel.marks):
+        count = sum(mark.count for mark in panel.marks if mark.what == what)
+        counted.append(f"{SIGNS[symbol]} {count} {what}")
+    text = "   ".join(counted)
+    ax.text(0.99, 0.97, text, transform=ax.transAxes, ha="right", va="top", color=ALARM, fontsize=7.5)
 
 
-def set_titles(figure: Figure, panels: list[Panel], runs: list[Run], run_colours: list[str]) -> None:
-    """One run's name and where it stands; or the names of several with their colours."""
-    if len(runs) == 1:
-        figure.suptitle(f"{runs[0].name}   {where_it_stands(runs[0])}", x=0.008, ha="left", fontsize=11)
+def set_titles(figure: Figure, runs: list[Run], run_colours: list[str]) -> None:
+    """Runs' names and where they stand; of several each with its colour."""
+    top = 1 - 0.06 / figure.get_figheight()
+    texts = [f"{run.name}   {where_it_stands(run)}" for run in runs]
+    if not run_colours:
+        figure.text(0.008, top, texts[0], va="top", fontsize=11, fontweight="bold")
         return
     handles = [
-        Line2D([], [], color=colour, linewidth=3, label=f"{run.name}   {where_it_stands(run)}")
-        for run, colour in zip(runs, run_colours, strict=True)
+        Line2D([], [], color=colour, linewidth=4, label=text) for colour, text in zip(run_colours, texts, strict=True)
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, top), ncols=2, frameon=False, fontsize=10)
 
 
 def where_it_stands(run: Run) -> str:
