@@ -28,10 +28,12 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from apps.bench.report import report
+from apps.bench.report import machine, report
 from apps.bench.train_step import build_step
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformerArgs
+from apps.plots.growth import check_picture, draw_growth
+from apps.plots.style import save
 from lingua.args import parse_args
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, DistributedArgs, World, run_main
@@ -182,11 +184,8 @@ def run_alone(args: BenchArgs, measure: Callable[..., dict[str, float]], *argume
 
 
 def fits(args: BenchArgs, n_keys: int, value_update: str) -> bool:
-    """Whether the table, AdamW's moments and a dense gradient, each as large as it, fit what is free, with some room."""
-    if args.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = psutil.virtual_memory().available
+    """Whether the table, AdamW's moments and a dense gradient, each as large, fit what is free with some room."""
+    free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else psutil.virtual_memory().available
     tables = 4 if value_update == "dense" else 3
     return 1.2 * tables * n_keys**2 * args.dim * DTYPES[args.dtype].itemsize < free
 
@@ -236,13 +235,12 @@ def main() -> None:
         raise ValueError(f"tokens: {args.tokens} is no multiple of {SEQ_LEN}, the length of a row")
     if not args.n_keys or min(args.n_keys) < args.knn:
         raise ValueError(f"n_keys: {args.n_keys}; wanted a list of numbers of at least knn={args.knn}")
-    if False:
-        check_plot_file("plot", args.plot)
+    picture = None if args.plot is None else check_picture("plot", args.plot)
     rows = measure(args)
-    title = f"growth of a table of {args.dim} in {args.dtype}, {args.tokens:,} tokens, us/token"
+    title = f"growth of a table, {args.dim} columns in {args.dtype}, {args.tokens:,} tokens a step; us a token"
     report(title, rows, args.out)
-    if False:
-        draw(...)
+    if picture is not None:
+        save(draw_growth({"title": title, "machine": machine(), "rows": rows}), [picture])
 
 
 if __name__ == "__main__":

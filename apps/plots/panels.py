@@ -79,8 +79,8 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
     for metric in _metrics_in(run.validation for run in runs):
         title, unit = VALIDATION.get(metric, (metric.replace("_", " "), ""))
         add(_results("validation", metric), f"validation: {title}", unit, sparse=True)
-    add(pick(weights="optim/lr", value_tables="optim/value_lr"), "learning rate", from_zero=True)
-    norms = pick(weights="optim/grad_norm", value_tables="optim/value_grad_norm")
+    add(pick(weights="optim/lr", tables="optim/value_lr"), "learning rate", from_zero=True)
+    norms = pick(weights="optim/grad_norm", tables="optim/value_grad_norm")
     add(norms, GRADIENT_NORM, log=True, noisy=True)
     add(pick(all="speed/wps"), "speed", "tokens/s a rank", noisy=True, from_zero=True)
     add(_utilisation, "model FLOPs utilisation", "% of the device's peak", noisy=True, from_zero=True)
@@ -206,8 +206,9 @@ def _split(
                 if name in columns and not np.isnan(columns[name].values).all():
                     x = tokens_at(runs[number], columns[name].steps) if by_tokens else columns[name].steps
                     panel.lines.append(Line(number, name if len(series) > 1 else "", x, columns[name].values))
-        if len(series) > at_once == 1:
-            panel.title = f"{title}, {shown[0]}"
+        if len(series) > at_once:
+            of_many = f"{start // at_once + 1} of {-(-len(series) // at_once)}"
+            panel.title += f", {shown[0]}" if at_once == 1 else f" ({of_many})"
         if panel.lines:
             panels.append(panel)
     return panels

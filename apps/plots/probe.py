@@ -137,7 +137,7 @@ def _draw_single(band: SubFigure, view: View, pictures: list[Picture], statistic
     for ax, picture in zip(band.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         mesh = _draw(ax, view, picture, _scale([picture], statistic))
         where = short_part(picture.part)
-        ax.set_title(picture.kind.replace("_", " ") + (f", {where}" if where else ""))
+        ax.set_title(picture.kind.replace("_", " ") + (f", {where}" if where not in ("", "values") else ""))
         ax.set_xlabel("step")
         _colour_bar(band, mesh, [ax])
     band.axes[0].set_ylabel("block")
@@ -207,8 +207,8 @@ def _scale(pictures: list[Picture], statistic: str) -> tuple[str, Normalize]:
 def _colour_bar(band: SubFigure, mesh: QuadMesh, axes: list[Axes]) -> None:
     bar = band.colorbar(mesh, ax=axes, pad=0.02, aspect=16, fraction=0.05)
     bar.outline.set_visible(False)
-    if isinstance(mesh.norm, LogNorm):
-        low, high = mesh.norm.vmin, mesh.norm.vmax
-        bar.ax.yaxis.set_major_locator(FixedLocator([low, (low * high) ** 0.5, high]))
-        bar.ax.yaxis.set_minor_locator(NullLocator())
+    low, high = mesh.norm.vmin, mesh.norm.vmax
+    middle = (low * high) ** 0.5 if isinstance(mesh.norm, LogNorm) else (low + high) / 2
+    bar.ax.yaxis.set_major_locator(FixedLocator([low, middle, high]))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(short))
