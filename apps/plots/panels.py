@@ -22,7 +22,7 @@ COUNTS = re.compile(r"n_documents|n_tokens|n_bytes|sample_len|.*stderr.*")
 
 @dataclass
 class Line:
-    """Of run number `run`; `series`: which of the panel's things it tells of, "" where there is one only."""
+    """Of run number `run`; `series`: which of the panel's things it tells of, "" where it is the panel's only one."""
 
     run: int
     series: str
@@ -72,7 +72,9 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
 
     def pick(**names: str) -> Callable[[Run], Columns]:
         return lambda run: {
-            series.replace("_", " "): run.metrics[name] for series, name in names.items() if name in run.metrics
+            "" if series == "all" else series: run.metrics[name]
+            for series, name in names.items()
+            if name in run.metrics
         }
 
     add(pick(all="loss/out"), TRAINING_LOSS, "nats a token", log=None, noisy=True)
@@ -205,7 +207,7 @@ def _split(
             for name in shown:
                 if name in columns and not np.isnan(columns[name].values).all():
                     x = tokens_at(runs[number], columns[name].steps) if by_tokens else columns[name].steps
-                    panel.lines.append(Line(number, name if len(series) > 1 else "", x, columns[name].values))
+                    panel.lines.append(Line(number, name, x, columns[name].values))
         if len(series) > at_once:
             of_many = f"{start // at_once + 1} of {-(-len(series) // at_once)}"
             panel.title += f", {shown[0]}" if at_once == 1 else f" ({of_many})"

@@ -55,10 +55,11 @@ class Picture:
 
 @dataclass
 class View:
-    """`depths`: the blocks' numbers, with -1 for what comes before them and their count for what comes behind."""
+    """`depths`: numbers of blocks, with -1 for what comes before them and `n_blocks` for what comes behind."""
 
     steps: np.ndarray
     depths: np.ndarray
+    n_blocks: int
     pictures: list[Picture] = field(default_factory=list)
 
     def of_kind(self, kind: str) -> list[Picture]:
@@ -78,16 +79,15 @@ def build_view(run: Run, statistic: str) -> View:
             number = float(value) if isinstance(value, int | float) else np.nan
             found.setdefault((kind, part), {})[depth, record["global_step"]] = number
     if not found:
-        known = sorted({key for record in run.probe for key, value in record.items() if isinstance(value, float)})
-        raise ValueError(
-            f"statistics: '{statistic}' is none of {', '.join(known)}, which the probe has in '{run.folder}'"
-        )
+        known = sorted({key for record in run.probe for key, value in record.items() if isinstance(value, int | float)})
+        named = ", ".join(key for key in known if key not in ("global_step", "layer", "n"))
+        raise ValueError(f"statistics: '{statistic}' is none of {named}, which the probe has in '{run.folder}'")
     places = {place for cells in found.values() for place in cells}
     n_blocks = 1 + max((depth for depth, _ in places if depth is not None), default=-1)
     depths = np.array(sorted({n_blocks if depth is None else depth for depth, _ in places}))
     steps = np.array(sorted({step for _, step in places}))
     rows, columns = ({value: i for i, value in enumerate(values.tolist())} for values in (depths, steps))
-    view = View(steps, depths)
+    view = View(steps, depths, n_blocks)
     for (kind, part), cells in sorted(found.items(), key=lambda item: _order(*item[0])):
         values, is_there = np.full((len(depths), len(steps)), np.nan), np.zeros((len(depths), len(steps)), bool)
         for (depth, step), value in cells.items():
@@ -123,14 +123,20 @@ def draw_probe(run: Run, statistic: str) -> Figure:
     heights = [LARGE[1] + 0.3] * bool(single) + [SMALL[1] * len(several) + 0.4] * bool(several)
     with plt.rc_context({**STYLE, "axes.grid": False, "axes.titleweight": "normal", "axes.titlesize": 8}):
         figure = plt.figure(figsize=(width, sum(heights) + 0.4), layout="constrained")
-        title = f"{run.name}   probe: {statistic} over depth (block) and steps; grey: not finite"
-        figure.suptitle(title, x=0.008, ha="left", fontsize=11)
+        figure.suptitle(f"{run.name}   probe: {statistic}, {explain_depths(view)}", x=0.008, ha="left", fontsize=11)
         bands = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
         if single:
             _draw_single(bands.pop(0), view, single, statistic)
         if several:
             _draw_grid(bands.pop(0), view, several, parts, statistic)
     return figure
+
+
+def explain_depths(view: View) -> str:
+    """What the rows are, for a title."""
+    outside = {-1: "-1: the embedding", view.n_blocks: f"{view.n_blocks}: behind the last block"}
+    named = [text for depth, text in outside.items() if depth in view.depths]
+    return "by " + " and ".join([f"block ({', '.join(named)})" if named else "block", "step; grey: not finite"])
 
 
 def _draw_single(band: SubFigure, view: View, pictures: list[Picture], statistic: str) -> None:

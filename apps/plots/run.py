@@ -92,22 +92,21 @@ def plot(args: PlotArgs) -> list[Path]:
         where = f"'{folders[0]}'" + (f" and {len(folders) - 1} more" if folders[1:] else "")
         raise ValueError(f"dump_dir: nothing to draw in {where}: no line in metrics.jsonl or its like yet")
     check_writable("out", out.parent if out.suffix in FORMATS else out, ROOM_FOR_PICTURES)
-    written = []
-
-    def write(figure: Figure, name: str) -> None:
-        files = files_in(out, name)
-        save(figure, files)
-        written.extend(files)
-
+    sheets: dict[str, Figure] = {}
     panels = build_panels(runs, args.x == "tokens")
     if panels:
         figure = draw_sheet(panels, runs, "step" if args.x == "steps" else "tokens", args.smooth, args.log_loss)
-        write(figure, "run" if len(runs) == 1 else "runs")
+        sheets["run" if len(runs) == 1 else "runs"] = figure
     for run in runs:
         suffix = re.sub(r"[^\w.-]+", "_", f".{run.name}") if len(runs) > 1 else ""
         for statistic in args.statistics if run.probe else ():
-            write(draw_probe(run, statistic), f"probe.{statistic}{suffix}")
-    return written
+            sheets[f"probe.{statistic}{suffix}"] = draw_probe(run, statistic)
+    if not sheets:
+        raise ValueError(f"dump_dir: nothing to draw in '{folders[0]}': none of its numbers is finite")
+    # All are drawn before one is written: an error leaves nothing behind.
+    for name, figure in sheets.items():
+        save(figure, files_in(out, name))
+    return [file for name in sheets for file in files_in(out, name)]
 
 
 def main() -> None:

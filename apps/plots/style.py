@@ -106,12 +106,13 @@ def _move_apart(places: list[float], gap: float) -> list[float]:
 
 
 def save(figure: Figure, files: list[Path]) -> None:
-    """Writes the figure in the formats that the files' names end in, and closes it."""
+    """Writes the figure in the formats that the files' names end in, each whole, and closes it."""
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f"{file.stem}.tmp{file.suffix}")
         # Without the time, the same picture is the same file.
         metadata = {"Date": None} if file.suffix == ".svg" else None
-        figure.savefig(beside, metadata=metadata)
+        with plt.rc_context(STYLE):
+            figure.savefig(beside, metadata=metadata)
         beside.rename(file)
     plt.close(figure)
