@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,11 +124,14 @@ SLOT_USE = {
 # --- columns that are put together -----------------------------------------------------------------------------------
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted, numbers in them by their size."""
+    parts = {name: re.split(r"(\d+)", name) for name in names}
+    return sorted(parts, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in parts[name]])
+
+
 def _sorted(columns: Columns) -> Columns:
-    """Numbers in names by their size."""
-    parts = {name: re.split(r"(\d+)", name) for name in columns}
-    order = sorted(columns, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in parts[name]])
-    return {name: columns[name] for name in order}
+    return {name: columns[name] for name in in_order(columns)}
 
 
 def _results(kind: str, metric: str) -> Callable[[Run], Columns]:
@@ -138,7 +141,7 @@ def _results(kind: str, metric: str) -> Callable[[Run], Columns]:
     return lambda run: _sorted(results(run))
 
 
-def _metrics_in(kinds) -> list[str]:
+def _metrics_in(kinds: Iterable[dict[tuple[str, str], Column]]) -> list[str]:
     """Names of metrics in the order in which they come up."""
     names = dict.fromkeys(metric for found in kinds for metric, source in found if source != "memory_slots")
     return [name for name in names if not COUNTS.match(name)]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from apps.plots.curves import smooth, thin
-from apps.plots.panels import Line, Panel
+from apps.plots.panels import Line, Panel, in_order
 from apps.plots.read import Run
 from apps.plots.style import COLOURS, DASHES, STYLE, TICKS, colours, label_ends, short, use_log_ticks
 
@@ -39,7 +39,7 @@ def draw_sheet(
     n_rows, n_columns = grid(len(panels))
     # One run's colours tell things apart, those of several the runs.
     run_colours = colours(len(runs)) if len(runs) > 1 else []
-    layer_colours = colours_of_layers(panels)
+    series_colours = colours_of_series(panels)
     end = max((line.x[-1] for panel in panels for line in panel.lines), default=1)
     with plt.rc_context(STYLE):
         title = TITLE * max(math.ceil(len(runs) / 2), 1)
@@ -47,7 +47,7 @@ def draw_sheet(
         places = [(0, 0, 2)] + [(r, c, 1) for r in range(n_rows) for c in range(n_columns) if r > 1 or c > 1]
         for number, (panel, place) in enumerate(zip(panels, places, strict=False)):
             ax = add_axes(figure, *place)
-            ends = draw_panel(ax, panel, run_colours, layer_colours, width, log_loss if number == 0 else None)
+            ends = draw_panel(ax, panel, run_colours, series_colours, width, log_loss if number == 0 else None)
             ax.set_xlim(-0.02 * end, 1.02 * end)
             ax.set_xlabel(x_label)
             label_ends(ax, ends)
@@ -77,18 +77,27 @@ def grid(n_panels: int) -> tuple[int, int]:
     return max(math.ceil(n_cells / n_columns), 2), n_columns
 
 
-def colours_of_layers(panels: list[Panel]) -> dict[str, str]:
-    """A layer has the same colour in all panels."""
-    names = {line.series for panel in panels for line in panel.lines if re.fullmatch(r"layer \d+", line.series)}
-    ordered = sorted(names, key=lambda name: int(name.split()[1]))
-    return {"all layers": ALL_LAYERS, **dict(zip(ordered, colours(len(ordered)), strict=True))}
+def colours_of_series(panels: list[Panel]) -> dict[str, str]:
+    """A layer, a source and a task have the same colour in all panels, as far as there are colours."""
+    groups: dict[str, dict[str, None]] = {}
+    for panel in panels:
+        for line in panel.lines:
+            is_layer = re.fullmatch(r"layer \d+", line.series)
+            kind = "layer" if is_layer else panel.title.partition(":")[0] if ":" in panel.title else ""
+            if kind in ("layer", "evaluation", "validation"):
+                groups.setdefault(kind, {})[line.series] = None
+    found = {"all layers": ALL_LAYERS}
+    for names in groups.values():
+        if len(names) <= len(COLOURS):
+            found |= dict(zip(in_order(names), COLOURS, strict=False))
+    return found
 
 
 def draw_panel(
     ax: Axes,
     panel: Panel,
     run_colours: list[str],
-    layer_colours: dict[str, str],
+    series_colours: dict[str, str],
     width: int | None = None,
     log: bool | None = None,
 ) -> list[tuple[float, str, str]]:
@@ -98,7 +107,7 @@ def draw_panel(
     ends = []
     for line in panel.lines:
         place = series.index(line.series)
-        colour = layer_colours.get(line.series, COLOURS[place % len(COLOURS)])
+        colour = series_colours.get(line.series, COLOURS[place % len(COLOURS)])
         dash = DASHES[place // len(COLOURS)]
         if run_colours:
             colour, dash = run_colours[line.run], DASHES[place % len(DASHES)]
@@ -133,7 +142,7 @@ def draw_line(ax: Axes, line: Line, panel: Panel, colour: str, dash: str | tuple
     if panel.noisy:
         y = smooth(line.y, width, in_logs=log)
         if y is not line.y:
-            ax.plot(*thin(line.x, line.y), color=colour, linewidth=0.6, alpha=0.35)
+            ax.plot(*thin(line.x, line.y), color=colour, linewidth=0.6, alpha=0.35, zorder=1.5)
     marker = "o" if panel.sparse or len(line.x) <= 3 else ""
     ax.plot(*thin(line.x, y), color=colour, linestyle=dash, marker=marker, markersize=3, label=line.series)
     return y

@@ -69,7 +69,10 @@ def write_run(folder, steps=range(1, 21), **changes):
         for step in (10, 20)
     ]
     (folder / "metrics.validation.jsonl").write_text(lines(validation))
-    tasks = {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1}, "nq": {"acc,none": 0.25}}
+    tasks = {
+        "piqa": {"alias": "piqa", "acc,none": 0.5, "acc_norm,none": 0.6, "acc_stderr,none": 0.1},
+        "nq": {"acc,none": 0.25},
+    }
     (folder / "metrics.eval.jsonl").write_text(lines([{"global_step": 20, "acc_step": 0, **tasks}]))
     return folder
 
@@ -124,6 +127,8 @@ def test_a_layer_has_one_colour_and_its_name_at_the_line(tmp_path):
         if line.get_label() == "layer 12"
     }
     assert len(colours) == 1
+    tasks = [axes[title].lines for title in ("evaluation: acc", "evaluation: acc norm")]
+    assert {line.get_label(): line.get_color() for line in tasks[0]}["piqa"] == tasks[1][0].get_color()
     assert texts(axes["slots ever read"]) == ["layer 4 4.2", "layer 12 12.2"]
 
 
