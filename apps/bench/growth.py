@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,13 +35,15 @@ from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformerArgs
 from apps.plots.growth import check_picture, draw_growth
 from apps.plots.style import save
-from lingua.args import parse_args
+from lingua.args import check_writable, parse_args
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, DistributedArgs, World, run_main
 from lingua.optim import VALUE_UPDATES, OptimArgs
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 
 SEQ_LEN = 256
+HEAD_DIM = 64
+ROOM_FOR_RESULTS = 2**20  # bytes
 # Enough for most tokens of a batch to be different ones, which read different slots.
 VOCABULARY = 4096
 
@@ -69,7 +72,7 @@ def train_args(args: BenchArgs, n_keys: int | None, value_update: str = "dense")
     model = LMTransformerArgs(
         dim=args.dim,
         n_layers=2,
-        head_dim=64,
+        head_dim=HEAD_DIM,
         vocab_size=VOCABULARY,
         max_seqlen=SEQ_LEN,
         productkey_args=memory,
@@ -144,7 +147,8 @@ def autocast(args: BenchArgs) -> torch.autocast:
 def measure_step(args: BenchArgs, n_keys: int | None, value_update: str) -> dict[str, float]:
     """A training step's time, the most memory in it in GiB, and the model's parameters."""
     before = _held(args)
-    counts, step = build_step(train_args(args, n_keys, value_update), World(device=torch.device(args.device)))
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    counts, step = build_step(train_args(args, n_keys, value_update), World(device=device))
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = shortest(args, step)
@@ -225,6 +229,8 @@ def main() -> None:
     if args.rounds < 1:
         raise ValueError(f"rounds: {args.rounds} is too small, it must be 1 or more")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda, but there is none; set cpu")
     args = replace(
         args,
         device=device,
@@ -235,7 +241,12 @@ def main() -> None:
         raise ValueError(f"tokens: {args.tokens} is no multiple of {SEQ_LEN}, the length of a row")
     if not args.n_keys or min(args.n_keys) < args.knn:
         raise ValueError(f"n_keys: {args.n_keys}; wanted a list of numbers of at least knn={args.knn}")
+    if args.dim % HEAD_DIM or args.dim < 1:
+        raise ValueError(f"dim: {args.dim} is no multiple of {HEAD_DIM}, the size of an attention head")
     picture = None if args.plot is None else check_picture("plot", args.plot)
+    for key, file in (("out", args.out), ("plot", args.plot)):
+        if file is not None:
+            check_writable(key, Path(file).parent, ROOM_FOR_RESULTS)
     rows = measure(args)
     title = f"growth of a table, {args.dim} columns in {args.dtype}, {args.tokens:,} tokens a step; us a token"
     report(title, rows, args.out)

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from training import REPOSITORY
 
 from apps.bench import growth as bench
 from apps.plots import growth
@@ -456,12 +457,15 @@ def test_tables_that_do_not_fit_are_left_out(monkeypatch):
         (["n_keys=[8]"], "n_keys: [8]; wanted a list of numbers of at least knn=32"),
         (["tokens=100"], "tokens: 100 is no multiple of 256"),
         (["rounds=0"], "rounds: 0 is too small"),
+        (["dim=100"], "dim: 100 is no multiple of 64"),
+        (["out=setup/test.sh/growth.json"], "out: 'setup/test.sh' is a file"),
         (["dtype=int8"], "dtype: 'int8' is none of"),
         (["plot=growth.pdf"], "plot: 'growth.pdf' ends in neither .png nor .svg"),
     ],
 )
 def test_what_cannot_be_measured(monkeypatch, words, message):
-    monkeypatch.setattr("sys.argv", ["growth.py", *words])
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.argv", ["growth.py", "device=cpu", *words])
     with pytest.raises(ValueError, match=r".") as error:
         bench.main()
     assert message in str(error.value)
