@@ -29,6 +29,7 @@ LAYER = {
 }
 STEP = {"step, dense": ("dense update", COLOURS[1]), "step, sparse": ("sparse update", COLOURS[0])}
 PEAK = {"peak GiB, dense": STEP["step, dense"], "peak GiB, sparse": STEP["step, sparse"]}
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 PARAMETERS = {"parameters": ("parameters", COLOURS[2])}
 PANELS = (
     ("parameters of the model", "", PARAMETERS, "parameters"),
@@ -86,7 +87,8 @@ def draw_growth(measured: dict[str, Any]) -> Figure:
             use_log_ticks(ax)
             label_ends(ax, ends)
         figure.text(0.008, 0.97, headline(tables), va="top", fontsize=11, fontweight="bold")
-        text = f"{measured['machine']}; {measured['title']}; dotted: the same model with a feed-forward in its place"
+        of_reference = "dotted: a feed-forward in its place, of the layer's time with backward"
+        text = f"{measured['machine']}; {measured['title']}; {of_reference}"
         figure.text(0.008, 0.895, text, va="top", color=GREY)
     return figure
 
@@ -127,9 +129,9 @@ def _draw_lines(
 
 
 def power_of_two(slots: float, _: object = None) -> str:
-    """2^14 as such, other numbers short."""
+    """With the exponent above, other numbers short."""
     exponent = int(slots).bit_length() - 1
-    return f"$2^{{{exponent}}}$" if slots == 2**exponent else short(slots)
+    return f"2{str(exponent).translate(RAISED)}" if slots == 2**exponent else short(slots)
 
 
 def is_number(value: Any) -> bool:

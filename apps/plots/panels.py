@@ -19,6 +19,23 @@ SHOWN = re.compile(r"(loss/out|(optim|speed|memory|pk|guard)/.*)$")
 # Numbers in evaluations that are no results.
 COUNTS = re.compile(r"n_documents|n_tokens|n_bytes|sample_len|.*stderr.*")
 
+TRAINING_LOSS = "training loss"
+GRADIENT_NORM = "gradient norm before clipping"
+# What the guards have counted, in the panels that it concerns.
+COUNTERS = {
+    TRAINING_LOSS: {"guard/skipped": "skipped", "guard/loss_spikes": "spikes"},
+    GRADIENT_NORM: {"guard/skipped": "skipped", "guard/grad_spikes": "spikes"},
+}
+# Metrics whose names alone say too little: (title, unit).
+VALIDATION = {"loss": ("loss", "nats a token"), "bits_per_byte": ("bits per byte", "bits a byte of text")}
+SLOT_USE = {
+    "read": ("slots read since the last log line", "share of the table"),
+    "ever_read": ("slots ever read", "share of the table"),
+    "kl": ("slot use: KL from uniform", "nats"),
+    "top_weight": ("weight of the top slot", "share of a head's weights"),
+    "value_update_norm": ("norm of value updates", "all rows read"),
+}
+
 
 @dataclass
 class Line:
@@ -101,24 +118,6 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
     for panel in panels:
         panel.marks = _marks(runs, panel, by_tokens)
     return panels
-
-
-TRAINING_LOSS = "training loss"
-GRADIENT_NORM = "gradient norm before clipping"
-# What the guards have counted, in the panels that it concerns.
-COUNTERS = {
-    TRAINING_LOSS: {"guard/skipped": "skipped", "guard/loss_spikes": "spikes"},
-    GRADIENT_NORM: {"guard/skipped": "skipped", "guard/grad_spikes": "spikes"},
-}
-# Metrics whose names alone say too little: (title, unit).
-VALIDATION = {"loss": ("loss", "nats a token"), "bits_per_byte": ("bits per byte", "bits a byte of text")}
-SLOT_USE = {
-    "read": ("slots read since the last log line", "share of the table"),
-    "ever_read": ("slots ever read", "share of the table"),
-    "kl": ("slot use: KL from uniform", "nats"),
-    "top_weight": ("weight of the top slot", "share of a head's weights"),
-    "value_update_norm": ("norm of value updates", "all rows read"),
-}
 
 
 # --- columns that are put together -----------------------------------------------------------------------------------
@@ -222,13 +221,14 @@ def _split(
 def _marks(runs: list[Run], panel: Panel, by_tokens: bool) -> list[Mark]:
     """Where numbers of the panel are not finite, and where what is counted has become more."""
     marks = []
+    counters = next((counters for title, counters in COUNTERS.items() if panel.title.startswith(title)), {})
     for number in dict.fromkeys(line.run for line in panel.lines):
         run = runs[number]
         gaps = [line.x[np.isnan(line.y)] for line in panel.lines if line.run == number]
         gaps = np.unique(np.concatenate(gaps))
         if len(gaps):
             marks.append(Mark(number, "x", "not finite", gaps, len(gaps)))
-        for name, what in COUNTERS.get(panel.title, {}).items():
+        for name, what in counters.items():
             column = run.metrics.get(name)
             if column is not None and column.values[-1] > 0:
                 steps = column.steps[np.diff(column.values, prepend=0) > 0]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from apps.plots.curves import smooth, thin
-from apps.plots.panels import Line, Panel, in_order
+from apps.plots.panels import TRAINING_LOSS, Line, Panel, in_order
 from apps.plots.read import Run
 from apps.plots.style import COLOURS, DASHES, STYLE, TICKS, colours, label_ends, short, use_log_ticks
 
@@ -24,7 +24,7 @@ SMOOTHED_TO = 50
 # Inches: of a cell, and of what lies around the axes in it.
 CELL = (3.7, 2.35)
 LEFT, RIGHT, TOP, BOTTOM = 0.62, 1.0, 0.28, 0.45
-TITLE = 0.4  # of a line of the sheet's title
+TITLE, LEGEND_LINE = 0.4, 0.23
 ALARM = "#B00020"
 ALL_LAYERS = "#444444"
 SIGNS = {"x": "×", "^": "▲"}  # of matplotlib's markers
@@ -34,7 +34,7 @@ def draw_sheet(
     panels: list[Panel], runs: list[Run], x_label: str, width: int | None = None, log_loss: bool | None = None
 ) -> Figure:
     """The first panel is four times as large as the others. `width`: points that a smoothed line is the mean of, a
-    50th of all where None; `log_loss`: the first panel's axis, as the numbers are where None.
+    50th of all where None; `log_loss`: the training loss's axis, as the numbers are where None.
     """
     n_rows, n_columns = grid(len(panels))
     # One run's colours tell things apart, those of several the runs.
@@ -42,12 +42,15 @@ def draw_sheet(
     series_colours = colours_of_series(panels)
     end = max((line.x[-1] for panel in panels for line in panel.lines), default=1)
     with plt.rc_context(STYLE):
-        title = TITLE * max(math.ceil(len(runs) / 2), 1)
+        title = TITLE + LEGEND_LINE * ((len(runs) - 1) // 2)
         figure = plt.figure(figsize=(CELL[0] * n_columns, CELL[1] * n_rows + title))
-        places = [(0, 0, 2)] + [(r, c, 1) for r in range(n_rows) for c in range(n_columns) if r > 1 or c > 1]
-        for number, (panel, place) in enumerate(zip(panels, places, strict=False)):
+        # Row, counted from below, column, and size.
+        places = [(n_rows - 2, 0, 2)]
+        places += [(n_rows - 1 - r, c, 1) for r in range(n_rows) for c in range(n_columns) if r > 1 or c > 1]
+        for panel, place in zip(panels, places, strict=False):
             ax = add_axes(figure, *place)
-            ends = draw_panel(ax, panel, run_colours, series_colours, width, log_loss if number == 0 else None)
+            log = log_loss if panel.title == TRAINING_LOSS else None
+            ends = draw_panel(ax, panel, run_colours, series_colours, width, log)
             ax.set_xlim(-0.02 * end, 1.02 * end)
             ax.set_xlabel(x_label)
             label_ends(ax, ends)
@@ -56,10 +59,9 @@ def draw_sheet(
 
 
 def add_axes(figure: Figure, row: int, column: int, size: int) -> Axes:
-    """In `size` x `size` cells, counted from the top left; its texts have their place in them, too."""
+    """In `size` x `size` cells, the lower left one of which is named; its texts have their place in them, too."""
     width, height = figure.get_size_inches()
-    n_rows = int(height // CELL[1])
-    left, bottom = column * CELL[0] + LEFT, (n_rows - row - size) * CELL[1] + BOTTOM
+    left, bottom = column * CELL[0] + LEFT, row * CELL[1] + BOTTOM
     inside = size * CELL[0] - LEFT - RIGHT, size * CELL[1] - TOP - BOTTOM
     return figure.add_axes((left / width, bottom / height, inside[0] / width, inside[1] / height))
 
@@ -112,17 +114,18 @@ def draw_panel(
         if run_colours:
             colour, dash = run_colours[line.run], DASHES[place % len(DASHES)]
         y = draw_line(ax, line, panel, colour, dash, width or math.ceil(len(line.x) / SMOOTHED_TO), log)
-        last = y[~np.isnan(y)][-1]
-        ends.append((last, f"{shortened(line.series, 16)} {short(last)}".strip(), colour))
+        last = y[~np.isnan(y)][-1:].tolist()  # none where a log axis has no place for any
+        ends += [(value, f"{shortened(line.series, 16)} {short(value)}".strip(), colour) for value in last]
     if log:
         ax.set_yscale("log")
         use_log_ticks(ax)
-        ends = [(value, text, colour) for value, text, colour in ends if value > 0]
+        ends = [end for end in ends if end[0] > 0]
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
         ax.yaxis.set_major_formatter(FuncFormatter(short))
         if panel.from_zero:
-            ax.set_ylim(bottom=0)
+            highest = max(np.nanmax(line.y) for line in panel.lines)
+            ax.set_ylim(0, 1.06 * highest if highest > 0 else None)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
     ax.xaxis.set_major_formatter(FuncFormatter(short))
     ax.set_title(shortened(panel.title, 42))
@@ -170,8 +173,9 @@ def draw_marks(ax: Axes, panel: Panel, run_colours: list[str]) -> None:
     for symbol, what in dict.fromkeys((mark.symbol, mark.what) for mark in panel.marks):
         count = sum(mark.count for mark in panel.marks if mark.what == what)
         counted.append(f"{SIGNS[symbol]} {count} {what}")
-    text = "   ".join(counted)
-    ax.text(0.99, 0.97, text, transform=ax.transAxes, ha="right", va="top", color=ALARM, fontsize=7.5)
+    if counted:
+        text = "   ".join(counted)
+        ax.text(0.99, 0.97, text, transform=ax.transAxes, ha="right", va="top", color=ALARM, fontsize=7.5)
 
 
 def set_titles(figure: Figure, runs: list[Run], run_colours: list[str]) -> None:
@@ -200,4 +204,4 @@ def where_it_stands(run: Run) -> str:
             typical = np.nanmedian(column.values) if name == "speed/wps" else column.values[-1]
             parts.append(text.format(short(typical)))
     steps = [column.steps[-1] for found in (run.metrics, run.validation, run.evals) for column in found.values()]
-    return ", ".join([f"step {max(steps):,}", *parts])
+    return ", ".join([f"step {max(steps, default=0):,}", *parts])

@@ -33,12 +33,14 @@ STYLE = {
     "axes.edgecolor": "#999999",
     "axes.labelcolor": GREY,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "xtick.color": GREY,
     "ytick.color": GREY,
     "xtick.direction": "out",
     "lines.linewidth": 1.4,
+    "text.parse_math": False,  # a run's name may hold dollars
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "lingua",  # the same bytes for the same picture
     "figure.dpi": 110,

@@ -148,6 +148,28 @@ def test_several_runs_on_one_sheet_by_tokens(tmp_path):
     assert axes["learning rate"].lines[0].get_color() == axes["learning rate"].lines[1].get_color()
 
 
+def test_runs_of_which_one_has_no_metrics_or_no_positive_norm(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a$b", "zero", "bare")]
+    (runs[1] / "metrics.jsonl").write_text(lines(record(n, **{"optim/grad_norm": 0.0}) for n in range(1, 200)))
+    write_probe(runs[2])
+    for file in runs[2].glob("*.jsonl"):
+        file.unlink()
+    args = parse_command_line([*map(str, runs), f"out={tmp_path / 'a.svg'}", "statistics=[]"])
+    assert plot(args) == [tmp_path / "a.svg"]
+    drawn_texts = "".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
+    assert "a$b   step 20" in drawn_texts
+    assert "bare   step 0" in drawn_texts
+
+
+def test_many_runs_have_cells_below_their_names(tmp_path):
+    axes = sheet(*(write_run(tmp_path / f"run{number}", (1, 2)) for number in range(20)))
+    boxes = [ax.get_position() for ax in axes.values()]
+    assert all(0 < box.x0 < box.x1 < 1 and 0 < box.y0 < box.y1 for box in boxes)
+    height = axes["training loss"].figure.get_figheight()
+    assert max(box.y1 for box in boxes) < 1 - 10 * 0.2 / height
+    assert len({to_hex(line.get_color()) for line in axes["training loss"].lines}) == 20
+
+
 def test_many_tasks_are_spread_over_panels(tmp_path):
     run = write_run(tmp_path / "run")
     tasks = {f"task{number}": {"acc,none": number / 20} for number in range(19)}
