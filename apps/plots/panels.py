@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ COUNTERS = {
 # Metrics whose names alone say too little: (title, unit).
 VALIDATION = {"loss": ("loss", "nats a token"), "bits_per_byte": ("bits per byte", "bits a byte of text")}
 SLOT_USE = {
-    "read": ("slots read since the last log line", "share of the table"),
+    "read": ("slots read since last log", "share of the table"),
     "ever_read": ("slots ever read", "share of the table"),
     "kl": ("slot use: KL from uniform", "nats"),
     "top_weight": ("weight of the top slot", "share of a head's weights"),
@@ -201,18 +202,17 @@ def _split(
     series = list(dict.fromkeys(name for columns in found for name in columns))
     n_runs = sum(1 for columns in found if columns)
     at_once = MOST_LINES if n_runs == 1 else max(min(MOST_STYLES, MOST_LINES // max(n_runs, 1)), 1)
-    panels = []
-    for start in range(0, len(series), at_once):
-        shown = series[start : start + at_once]
+    panels, n_panels = [], math.ceil(len(series) / at_once)
+    for part in range(n_panels):
+        shown = series[len(series) * part // n_panels : len(series) * (part + 1) // n_panels]
         panel = Panel(title, unit, **looks)
         for number, columns in enumerate(found):
             for name in shown:
                 if name in columns and not np.isnan(columns[name].values).all():
                     x = tokens_at(runs[number], columns[name].steps) if by_tokens else columns[name].steps
                     panel.lines.append(Line(number, name, x, columns[name].values))
-        if len(series) > at_once:
-            of_many = f"{start // at_once + 1} of {-(-len(series) // at_once)}"
-            panel.title += f", {shown[0]}" if at_once == 1 else f" ({of_many})"
+        if n_panels > 1:
+            panel.title += f", {shown[0]}" if at_once == 1 else f" ({part + 1} of {n_panels})"
         if panel.lines:
             panels.append(panel)
     return panels

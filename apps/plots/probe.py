@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from apps.plots.read import Run
-from apps.plots.style import STYLE, TICKS, short
+from apps.plots.style import STYLE, TICKS, ShortNumbers
 
 # In the order of a forward pass, then those of the way back. Others come behind them.
 KINDS = (
@@ -182,7 +182,7 @@ def _draw(ax: Axes, view: View, picture: Picture, scale: tuple[str, Normalize]) 
     mesh = ax.pcolormesh(*edges, shown, cmap=colours, norm=norm, rasterized=True)
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=TICKS))
-    ax.xaxis.set_major_formatter(FuncFormatter(short))
+    ax.xaxis.set_major_formatter(ShortNumbers())
     return mesh
 
 
@@ -217,4 +217,4 @@ def _colour_bar(band: SubFigure, mesh: QuadMesh, axes: list[Axes]) -> None:
     middle = (low * high) ** 0.5 if isinstance(mesh.norm, LogNorm) else (low + high) / 2
     bar.ax.yaxis.set_major_locator(FixedLocator([low, middle, high]))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(short))
+    bar.ax.yaxis.set_major_formatter(ShortNumbers())

@@ -9,6 +9,7 @@ A run that goes on, was killed or has gone back to a checkpoint is drawn as far 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
@@ -110,6 +111,9 @@ def plot(args: PlotArgs) -> list[Path]:
 
 
 def main() -> None:
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(f"{__doc__}\n{inspect.getdoc(PlotArgs)}")  # noqa: T201
+        return
     init_logger(stream=sys.stderr)
     for file in plot(parse_command_line(sys.argv[1:])):
         print(file)  # noqa: T201

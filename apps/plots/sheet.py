@@ -10,12 +10,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from apps.plots.curves import smooth, thin
 from apps.plots.panels import TRAINING_LOSS, Line, Panel, in_order
 from apps.plots.read import Run
-from apps.plots.style import COLOURS, DASHES, STYLE, TICKS, colours, label_ends, short, use_log_ticks
+from apps.plots.style import (
+    COLOURS,
+    DASHES,
+    STYLE,
+    TICKS,
+    ShortNumbers,
+    colours,
+    label_ends,
+    short,
+    use_log_ticks,
+    use_plain_ticks,
+)
 
 # A loss is drawn on a log axis where it falls by more than this factor.
 LOG_FROM = 2.5
@@ -121,13 +132,10 @@ def draw_panel(
         use_log_ticks(ax)
         ends = [end for end in ends if end[0] > 0]
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
-        ax.yaxis.set_major_formatter(FuncFormatter(short))
-        if panel.from_zero:
-            highest = max(np.nanmax(line.y) for line in panel.lines)
-            ax.set_ylim(0, 1.06 * highest if highest > 0 else None)
+        highest = max(np.nanmax(line.y) for line in panel.lines)
+        use_plain_ticks(ax, from_zero=highest if panel.from_zero else None)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
-    ax.xaxis.set_major_formatter(FuncFormatter(short))
+    ax.xaxis.set_major_formatter(ShortNumbers())
     ax.set_title(shortened(panel.title, 42))
     ax.set_ylabel(panel.unit)
     draw_marks(ax, panel, run_colours)
@@ -164,7 +172,7 @@ def is_log(panel: Panel, wanted: bool | None = None) -> bool:
 
 
 def draw_marks(ax: Axes, panel: Panel, run_colours: list[str]) -> None:
-    """On the lower edge; what they are, and how many, at the right above."""
+    """On the lower edge; what they are, and how many, beside the upper end of the axes."""
     look = {"transform": ax.get_xaxis_transform(), "markersize": 4, "clip_on": False}
     for mark in panel.marks:
         colour = run_colours[mark.run] if run_colours else ALARM
@@ -174,8 +182,8 @@ def draw_marks(ax: Axes, panel: Panel, run_colours: list[str]) -> None:
         count = sum(mark.count for mark in panel.marks if mark.what == what)
         counted.append(f"{SIGNS[symbol]} {count} {what}")
     if counted:
-        text = "   ".join(counted)
-        ax.text(0.99, 0.97, text, transform=ax.transAxes, ha="right", va="top", color=ALARM, fontsize=7.5)
+        text = "\n".join(counted)
+        ax.text(1.015, 0.98, text, transform=ax.transAxes, va="top", color=ALARM, fontsize=7.5)
 
 
 def set_titles(figure: Figure, runs: list[Run], run_colours: list[str]) -> None:

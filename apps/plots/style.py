@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's, which all kinds of colour vision tell apart, without the yellow that is too faint for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -54,27 +55,54 @@ def colours(n: int) -> list[str]:
     return [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](place)) for place in np.linspace(0, 0.92, n)]
 
 
-def short(value: float, _: object = None) -> str:
+def short(value: float, digits: int = 3) -> str:
     """Such as 12, 1.5k, 3.2M, 40B, 0.0012, 4e-05."""
     size = abs(value)
     if not math.isfinite(value):
         return "-"
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= 0.9995 * unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}" if size >= 1e-3 or size == 0 else f"{value:.2g}"
+            return f"{value / unit:.{digits}g}{name}"
+    return f"{value:.{digits if size >= 1e-3 or size == 0 else digits - 1}g}"
+
+
+class ShortNumbers(Formatter):
+    """Of ticks, with as many digits as tell them apart."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return short(value)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        labels: list[str] = []
+        for digits in range(3, 9):
+            labels = [short(value, digits) for value in values]
+            if len(set(labels)) == len(labels):
+                break
+        return labels
 
 
 def use_log_ticks(ax: Axes) -> None:
     """A log axis with a few plain numbers, also where it spans less than a decade."""
     low, high = ax.get_ylim()
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(short))
+    ax.yaxis.set_major_formatter(ShortNumbers())
     if high / low < 12:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
         ax.yaxis.set_minor_locator(NullLocator())
     else:
         ax.yaxis.set_major_locator(LogLocator(numticks=6))
+
+
+def use_plain_ticks(ax: Axes, from_zero: float | None = None) -> None:
+    """Linear; `from_zero`: the highest value, of one that begins at 0. What hardly varies is drawn as constant."""
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
+    ax.yaxis.set_major_formatter(ShortNumbers())
+    low, high = ax.get_ylim()
+    middle = (low + high) / 2
+    if from_zero is not None:
+        ax.set_ylim(0, 1.06 * from_zero if from_zero > 0 else None)
+    elif high - low < 1e-6 * abs(middle):
+        ax.set_ylim(middle - 0.05 * abs(middle), middle + 0.05 * abs(middle))
 
 
 def label_ends(ax: Axes, labels: list[tuple[float, str, str]]) -> None:

@@ -16,10 +16,9 @@ from apps.plots.curves import MOST_POINTS, smooth, thin
 from apps.plots.panels import build_panels
 from apps.plots.probe import build_view, draw_probe
 from apps.plots.read import names_of, read_run
-from apps.plots.run import parse_command_line, plot
+from apps.plots.run import main, parse_command_line, plot
 from apps.plots.sheet import draw_sheet, grid
-from apps.plots.style import label_ends, short
-from lingua.distributed import run_main
+from apps.plots.style import ShortNumbers, label_ends, short
 
 LAYERS = (4, 12)
 
@@ -276,7 +275,7 @@ def is_png(file):
 def test_pictures_are_written(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "a=run")
     monkeypatch.setattr("sys.argv", ["run.py", str(run)])
-    run_main(__import__("apps.plots.run", fromlist=["main"]).main)
+    main()
     png, svg = run / "plots" / "run.png", run / "plots" / "run.svg"
     assert capsys.readouterr().out.split("\n")[:2] == [str(png), str(svg)]
     assert is_png(png)
@@ -285,6 +284,12 @@ def test_pictures_are_written(tmp_path, monkeypatch, capsys):
     plot(parse_command_line([f"dump_dir={run}", f"out={svg}"]))
     assert svg.read_bytes() == before
     assert sorted(file.name for file in png.parent.iterdir()) == ["run.png", "run.svg"]
+
+
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run.py", "--help"])
+    main()
+    assert "`smooth`: log lines" in capsys.readouterr().out
 
 
 def test_a_run_without_anything_is_left_out_beside_others(tmp_path, caplog):
@@ -377,6 +382,11 @@ def test_labels_do_not_overlap():
 def test_numbers_are_short():
     numbers = (0, 0.5, 12, 999.9, 1500, 3.2e6, 4e10, 2e12, 0.00012, -2000, math.nan)
     assert [*map(short, numbers)] == ["0", "0.5", "12", "1k", "1.5k", "3.2M", "40B", "2T", "0.00012", "-2k", "-"]
+
+
+def test_ticks_are_told_apart():
+    assert ShortNumbers().format_ticks([2.301, 2.302, 2.303]) == ["2.301", "2.302", "2.303"]
+    assert ShortNumbers().format_ticks([0, 50_000, 100_000]) == ["0", "50k", "100k"]
 
 
 # --- the probe -------------------------------------------------------------------------------------------------------
