@@ -1,4 +1,4 @@
-"""Time, memory and parameters as a memory's table grows, all else alike: parameters grow, computation hardly does.
+"""Time, memory and parameters as a memory's table grows, all else alike: parameters grow much faster than computation.
 
     python -m apps.bench.growth [device=cpu] [n_keys=[128,512,2048]] [out=growth.json] [plot=growth.svg]
 

@@ -1,4 +1,4 @@
-"""Draws what `apps.bench.growth` has measured: parameters grow with the table, the time for a token hardly does.
+"""Draws what `apps.bench.growth` has measured: parameters grow much faster with the table than the time for a token.
 
 python -m apps.plots.growth growth.json [out=growth.svg]
 """
