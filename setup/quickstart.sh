@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way once: environment, sample text, training, validation, a continuation, a summary.
+# The whole way once: environment, sample text, training, validation, a continuation, a picture, a summary.
 #
 #   bash setup/quickstart.sh                                 # into dumps/debug
 #   bash setup/quickstart.sh dump_dir=/tmp/try steps=100     # keys of the training config
@@ -15,7 +15,7 @@ for argument in "$@"; do
     config=* | checkpoint.path=*) echo "quickstart: leave $argument out; train with it by hand" >&2; exit 1 ;;
   esac
 done
-stage() { printf '\n[%s/5] %s\n' "$1" "$2"; }
+stage() { printf '\n[%s/6] %s\n' "$1" "$2"; }
 
 stage 1 "environment: .venv (a minute or several the first time)"
 bash setup/create_env.sh
@@ -50,6 +50,14 @@ else
     "$checkpoint/params.json")
   "$python" -m apps.main.generate ckpt="$checkpoint" prompt="The function returns" max_gen_len="$length" \
     temperature=0.7 top_p=0.9 dtype=fp32 out="$results/continuation.jsonl"
+fi
+
+stage 6 "a picture of the run (a few seconds)"
+picture=$dump_dir/plots/run.png
+if [ "$picture" -nt "$dump_dir/metrics.jsonl" ] && [ "$picture" -nt "$dump_dir/metrics.validation.jsonl" ]; then
+  echo "picture: is there"
+else
+  "$python" -m apps.plots.run dump_dir="$dump_dir"
 fi
 
 echo

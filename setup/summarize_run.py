@@ -49,6 +49,7 @@ def main() -> None:
         ("memory slots used in validation", describe_slots(validation.get("memory_slots"))),
         ("checkpoints, metrics, log", f"{dump_dir}"),
         ("validation, continuation", f"{results}"),
+        ("picture", f"{dump_dir / 'plots' / 'run.png'}"),
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))

@@ -523,3 +523,16 @@ def test_evaluation_gives_its_memory_back(tmp_path):
         before = held
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert found["validation"]["words"]["n_documents"] == 50
+
+
+def test_growth_of_a_table(tmp_path):
+    file = tmp_path / "growth.json"
+    sizes = ["n_keys=[16,32]", "dim=128", "tokens=512", "heads=2", "knn=8", "rounds=1"]
+    command = [sys.executable, "-m", "apps.bench.growth", *sizes, f"out={file}", f"plot={tmp_path / 'growth.png'}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    small, large, feed_forward = json.loads(file.read_text())["rows"]
+    assert small["parameters"] < large["parameters"]
+    assert 0 < small["peak GiB, dense"] < large["peak GiB, dense"]
+    assert all(row[name] > 0 for row in (small, large) for name in ("search", "lookup", "layer", "step, sparse"))
+    assert feed_forward["layer, backward too"] > 0
+    assert (tmp_path / "growth.png").stat().st_size > 10_000

@@ -30,6 +30,7 @@ ON_A_GPU = {
     "values_on_cpu": "values_on_cpu",
     "train_step": f"train_step {LARGE} rounds=3 steps_per_round=2",
     "train_step_sparse": f"train_step {LARGE} rounds=3 steps_per_round=2 optim.value_update=sparse",
+    "growth": "growth",
     "generate": f"generate {DEBUG} rounds=2",
 }
 ON_A_CPU = {
@@ -37,6 +38,7 @@ ON_A_CPU = {
     "values_on_cpu": "values_on_cpu device=cpu",
     "train_step": f"train_step {DEBUG}",
     "train_step_sparse": f"train_step {DEBUG} optim.value_update=sparse",
+    "growth": "growth device=cpu",
     "generate": f"generate {DEBUG} rounds=2",
     "dataloader": "dataloader seconds=5",
 }

@@ -141,13 +141,16 @@ def test_quickstart(tmp_path):
     arguments += ["model.dim=32", "model.n_layers=2", "model.productkey_args.layers='0,1'", "data.seq_len=512"]
     first = bash(*arguments)
     assert first.returncode == 0, first.stdout + first.stderr
-    for stage in range(1, 6):
-        assert f"[{stage}/5]" in first.stdout
+    for stage in range(1, 7):
+        assert f"[{stage}/6]" in first.stdout
     results = tmp_path / "my run" / "evals" / "0000000012"
     validation = json.loads((results / "validation.json").read_text())
     assert f"{validation['stdlib']['bits_per_byte']:.3f}" in first.stdout
     assert f"{validation['memory_slots']['read']:,} of 65,536" in first.stdout
     assert (results / "continuation.jsonl").read_text().startswith('{"prompt": "The function returns"')
+    picture = tmp_path / "my run" / "plots" / "run.png"
+    assert first.stdout.rstrip().endswith(f"picture                          {picture}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
     metrics = (tmp_path / "my run" / "metrics.jsonl").read_text()
     assert [json.loads(line)["global_step"] for line in metrics.splitlines()] == [10, 12]
 
@@ -166,4 +169,4 @@ def test_quickstart_stops_at_the_first_failure(tmp_path):
     result = bash(ROOT / "setup/quickstart.sh", f"dump_dir={tmp_path / 'run'}", "steps=none")
     assert result.returncode == 1
     assert "error: steps: 'none' is not a whole number" in result.stderr
-    assert "[4/5]" not in result.stdout
+    assert "[4/6]" not in result.stdout
