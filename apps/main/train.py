@@ -48,6 +48,7 @@ from lingua.data import (
     DataArgs,
     build_dataloader_from_args,
     check_state_fits,
+    count_skipped,
     init_dataloader_state_from_args,
     validate_data_args,
 )
@@ -483,6 +484,9 @@ class Run:
             **memory_metrics(device),
             "loss/out": mean_loss,
         }
+        if args.data.on_error == "skip":
+            n_skipped = reduce_sum([count_skipped(self.loader_state)])[0]
+            metrics["data/skipped"] = round(n_skipped / args.distributed.tp_size)  # whose ranks read the same
         if step.value_grad_norm is not None:
             metrics |= {"optim/value_grad_norm": step.value_grad_norm.item(), "optim/value_lr": used[1]}
         if self.metrics is not None:
