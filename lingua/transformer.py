@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lingua.initialize import truncated_normal
-from lingua.product_key.memory import HashingMemory, ProductKeyArgs, memory_kwargs, memory_layers
+from lingua.product_key.memory import HashingMemory, ProductKeyArgs, check_sizes, memory_kwargs, memory_layers
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
 INIT_STD_FACTORS = ("disabled", "global_depth", "current_depth", "dim_ratio")
@@ -98,8 +98,18 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
         raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
     if memory_layers(args.productkey_args, args.n_layers):
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            HashingMemory(args.dim, args.dim, **memory_kwargs(args.productkey_args))
+        memory = args.productkey_args
+        check_sizes(
+            args.dim,
+            args.dim,
+            memory.mem_n_keys,
+            memory.mem_heads,
+            memory.mem_knn,
+            memory.mem_k_dim,
+            memory.mem_v_dim,
+            memory.peer_variant,
+            memory.value_fixed_lr,
+        )
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

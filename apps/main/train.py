@@ -33,6 +33,7 @@ from apps.main.eval import (
     is_done,
     validate_eval_args,
 )
+from apps.main.fits import check_memory
 from apps.main.transformer import (
     LMTransformer,
     LMTransformerArgs,
@@ -595,6 +596,7 @@ def train(args: TrainArgs) -> None:
     world = find_world()
     init_logger(world.rank, world.size)
     validate_train_args(args, world)
+    check_memory(args, world)
     set_environment(args.env)
     slurm.use_scratch()
     set_torch_options(args)

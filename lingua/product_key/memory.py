@@ -102,7 +102,7 @@ class HashingMemory(nn.Module):
         owner: HashingMemory | None = None,
     ):
         super().__init__()
-        _check_sizes(
+        check_sizes(
             input_dim, output_dim, mem_n_keys, mem_heads, mem_knn, mem_k_dim, mem_v_dim, peer_variant, value_fixed_lr
         )
         self.input_dim, self.output_dim = input_dim, output_dim
@@ -189,7 +189,7 @@ class HashingMemory(nn.Module):
         return up(slots, weights * F.gelu(down(slots, x_NC)))
 
 
-def _check_sizes(
+def check_sizes(
     input_dim: int,
     output_dim: int,
     n_keys: int,
@@ -200,6 +200,7 @@ def _check_sizes(
     peer_variant: bool,
     value_fixed_lr: float | None,
 ) -> None:
+    """Raises ValueError, one line that names the key, for sizes that cannot work."""
     key = "model.productkey_args."
     for name, value in (("mem_n_keys", n_keys), ("mem_heads", heads), ("mem_knn", knn), ("mem_k_dim", k_dim)):
         if value < 1:

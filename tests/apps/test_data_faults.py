@@ -32,7 +32,7 @@ def test_run_that_skips(start, bad_corpus, tmp_path):
     skipped = [line["data/skipped"] for line in read_metrics(tmp_path / "whole")]
     assert skipped == [line["data/skipped"] for line in read_metrics(tmp_path / "parts")]
     assert skipped == sorted(skipped)
-    assert skipped[-1] > 5
+    assert skipped[-1] > 0
     log = (tmp_path / "whole" / "train.log").read_text()
     assert "alpha.chunk.00.jsonl:4: not a line of JSON ('utf-8' codec can't decode byte 0xff" in log
     assert "; the line begins at byte " in log
