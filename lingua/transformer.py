@@ -92,7 +92,13 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"model.{name}: {value} must be a number above 0")
-    if hidden_size(args.dim, args.multiple_of, args.ffn_dim_multiplier) < 1:
+    try:
+        hidden = hidden_size(args.dim, args.multiple_of, args.ffn_dim_multiplier)
+    except OverflowError:
+        raise ValueError(
+            f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} is too large, the feed-forward would have no end"
+        ) from None
+    if hidden < 1:
         raise ValueError(f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} leaves the feed-forward no hidden units")
     if args.init_std_factor not in INIT_STD_FACTORS:
         raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")

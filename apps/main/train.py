@@ -34,6 +34,7 @@ from apps.main.eval import (
     validate_eval_args,
 )
 from apps.main.fits import check_memory
+from apps.main.generate import explaining_memory
 from apps.main.transformer import (
     LMTransformer,
     LMTransformerArgs,
@@ -43,7 +44,7 @@ from apps.main.transformer import (
 )
 from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
-from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
+from lingua.args import check_path, check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_model, load_training, read_train_state
 from lingua.data import (
     DataArgs,
@@ -149,6 +150,14 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
             raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.seed < 0:
         raise ValueError(f"seed: {args.seed} is negative, it must be 0 or more")
+    for key, path in (
+        ("dump_dir", args.dump_dir),
+        ("data.root_dir", args.data.root_dir),
+        ("data.tokenizer.path", args.data.tokenizer.path),
+        ("checkpoint.path", args.checkpoint.path),
+        ("checkpoint.init_ckpt_path", args.checkpoint.init_ckpt_path),
+    ):
+        check_path(key, path)
     for key, wanted in (
         ("probe_freq", args.probe_freq is not None),
         ("profiling.run", args.profiling.run),
@@ -173,6 +182,8 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     validate_value_update(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
+    if args.checkpoint.init_ckpt_path is not None and not Path(args.checkpoint.init_ckpt_path).exists():
+        raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
     validate_evaluation(args)
 
 
@@ -421,7 +432,10 @@ class Run:
             load_training(resume_from, self.model, self.optimizer)
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
-            load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+            try:
+                load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+            except ValueError as error:
+                raise ValueError(f"checkpoint.init_ckpt_path: {error}") from None
             logger.info("weights from %s", args.checkpoint.init_ckpt_path)
 
     def autocast(self) -> torch.autocast:
@@ -601,6 +615,9 @@ def train(args: TrainArgs) -> None:
     slurm.use_scratch()
     set_torch_options(args)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            explaining_memory("data.batch_size, model.*: the run does not fit the memory; make it smaller")
+        )
         stack.enter_context(process_group(world, args.distributed.timeout))
         # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
         stop_signal = stack.enter_context(StopSignal())
