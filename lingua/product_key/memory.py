@@ -47,7 +47,9 @@ def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:
     try:
         layers = [int(number) for number in args.layers.split(",")]
     except ValueError:
-        raise ValueError(f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\"") from None
+        raise ValueError(
+            f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\", or is_enabled=false"
+        ) from None
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise ValueError(
