@@ -277,7 +277,7 @@ def test_mutated_configs(bases, tmp_path, monkeypatch):
     logs.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("HOME", "home")
+    monkeypatch.setenv("HOME", str(folder / "home"))  # which a config can name
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     monkeypatch.setattr(train, "set_environment", pass_on)
     counts = {"refused": 0, "ran": 0, "refused later": 0}
