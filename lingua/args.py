@@ -268,6 +268,28 @@ def _check(kind: Any, value: Any, key: str, origin: str) -> None:
         raise ValueError(f"{key}: '{value}' is neither true nor false{where}")
     elif kind in (int, float, str, bool) and isinstance(value, dict | list):
         raise ValueError(f"{key}: '{value}' where a single value is wanted{where}")
+    elif kind in (int, float) and _is_too_large(kind, value):
+        raise ValueError(f"{key}: {str(value)[:30]} is too large for 64 bits ({len(str(value))} digits){where}")
+
+
+def _is_too_large(kind: type, value: Any) -> bool:
+    """Whether a whole number, or the text of one, is beyond what torch and the hardware compute with."""
+    try:
+        number = int(value) if isinstance(value, int | str) else 0
+    except ValueError:  # no whole number; what it is is told elsewhere
+        return False
+    return not -(2**63) <= number < 2**63 if kind is int else abs(number) >= 10**308
+
+
+def check_path(key: str, path: str | None) -> None:
+    """Raises ValueError for what cannot be the name of a file or folder, whether there is one or not."""
+    try:
+        os.lstat(path or ".")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a loop of links; null bytes
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{key}: {path[:100]!r} cannot be a path ({reason})") from None
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Text to batches: JSONL lines -> documents -> tokens -> packed rows -> shuffled batches.
+"""Text to batches: documents (lingua/sources.py) -> tokens -> packed rows -> shuffled batches.
 
 Every stage is an iterator whose place can be written down as plain JSON and taken up again exactly:
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -39,28 +40,31 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from lingua.sources import ON_ERROR, TRAIN_FILES, SourceReader, encode_document, find_files, share_files
 from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
 
-State = dict[str, Any]
+logger = logging.getLogger(__name__)
 
-TRAIN_FILES = "*.chunk.*.jsonl"
-VALIDATION_FILES = "*.val.jsonl"
+State = dict[str, Any]
 
 # Batches that wait in the training process. The shuffle buffer lies behind them in the worker, so a few are enough
 # to bridge a slow document.
 QUEUED_BATCHES = 4
 
-# So many documents in a row without a single token mean that there is nothing to train on.
+# So many documents in a row without a single token, or on which the tokenizer fails, mean that there is nothing to
+# train on.
 MAX_EMPTY_DOCUMENTS = 100_000
 
 
 @dataclass
 class DataArgs:
-    """What to read and how to cut it (config section `data`)."""
+    """What to read and how to cut it (config section `data`). `on_error`: `stop` at a fault of the data, or `skip` and
+    count it (lingua/sources.py).
+    """
 
     root_dir: str | None = None
     sources: dict[str, float] = field(default_factory=dict)
@@ -72,6 +76,7 @@ class DataArgs:
     add_eos: bool = True
     load_async: bool = True
     prefetch_size: int = 64
+    on_error: str = "stop"
     tokenizer: TokenizerArgs = field(default_factory=TokenizerArgs)
 
 
@@ -82,6 +87,8 @@ def validate_data_args(args: DataArgs) -> None:
             raise ValueError(f"data.{key}: {getattr(args, key)} is too small, it must be 1 or more")
     if args.seed < 0:
         raise ValueError(f"data.seed: {args.seed} is negative, it must be 0 or more")
+    if args.on_error not in ON_ERROR:
+        raise ValueError(f"data.on_error: '{args.on_error}' is neither {' nor '.join(ON_ERROR)}")
     if not args.sources:
         raise ValueError(
             "data.sources: empty; name at least one folder of data.root_dir and its weight, as in {wiki: 1.0}"
@@ -103,142 +110,12 @@ def validate_data_args(args: DataArgs) -> None:
         find_files(args.root_dir, source, TRAIN_FILES)
 
 
-def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
-    """The files of one source, sorted by name. Raises ValueError where the folder or the files are missing."""
-    folder = Path(root_dir) / source
-    if not folder.is_dir():
-        raise ValueError(f"data.sources.{source}: no folder '{folder}'")
-    files = sorted(path for path in folder.glob(pattern) if path.is_file())
-    if not files:
-        raise ValueError(f"data.sources.{source}: no files named {pattern} in '{folder}'")
-    return files
-
-
-# --- documents ---------------------------------------------------------------------------------------------------
-
-
-class Share(NamedTuple):
-    """Lines of one file for one stream: line i belongs to it where `first <= i % modulus < last`."""
-
-    path: Path
-    first: int
-    last: int
-    modulus: int
-
-
-def share_files(files: list[Path], rank: int, world_size: int) -> list[Share]:
-    """Splits c files over the W ranks of a run's start: every line has exactly one reader, all read alike much.
-
-    Lay the files end to end on a ruler of c * W units, W for each; rank w reads from w * c to (w + 1) * c. Where c
-    divides W this is the published rule (file j for W/c consecutive ranks, lines r, r + W/c, ...), where W divides c
-    every rank reads whole files, and otherwise some files are split.
-    """
-    common = math.gcd(len(files), world_size)
-    modulus, per_rank = world_size // common, len(files) // common
-    begin, end = rank * per_rank, (rank + 1) * per_rank
-    shares = []
-    for number in range(begin // modulus, (end - 1) // modulus + 1):
-        start = number * modulus
-        shares.append(Share(files[number], max(begin - start, 0), min(end - start, modulus), modulus))
-    return shares
-
-
-def parse_document(line: bytes, path: Path, number: int) -> str:
-    """The text of one JSONL line (`number` counts from 1). Raises ValueError that names file and line."""
-    where = f"{path}:{number}"
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
-        raise ValueError(f"{where}: not a line of JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise ValueError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
-    for key in ("text", "content"):
-        if key in document:
-            if not isinstance(document[key], str):
-                raise ValueError(f'{where}: "{key}" is of type {type(document[key]).__name__}; wanted a string')
-            return document[key]
-    raise ValueError(f'{where}: neither "text" nor "content" among its keys {sorted(document)}')
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """All texts of one JSONL file. Raises ValueError that names file and line."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.isspace():
-                yield parse_document(line, path, number)
-
-
-class SourceReader:
-    """Endless texts of one source for one stream. A pass goes through its shares in the order of the files.
-
-    `show`: is told of each file before it is touched, for whoever watches.
-    """
-
-    def __init__(self, name: str, shares: list[Share], show: Callable[[Path], None] = lambda path: None):
-        self.name = name
-        self.shares = shares
-        self.show = show
-        # The next line to read: share, line number (from 0), byte offset, and the pass; `found` tells whether this
-        # pass has given a document yet.
-        self.share, self.line, self.offset, self.n_pass, self.found = 0, 0, 0, 0, False
-        self._file: BinaryIO | None = None
-
-    def state(self) -> tuple[int, int, int, int, bool]:
-        return self.share, self.line, self.offset, self.n_pass, self.found
-
-    def restore(self, state: tuple[int, int, int, int, bool]) -> None:
-        self.close()
-        self.share, self.line, self.offset, self.n_pass, self.found = state
-        path = self.shares[self.share].path
-        self.show(path)
-        if path.stat().st_size < self.offset:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, but the checkpoint had read {self.offset}; it was cut"
-            )
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def next_document(self) -> str:
-        self.show(self.shares[self.share].path)
-        while True:
-            path, first, last, modulus = self.shares[self.share]
-            if self._file is None:
-                self._file = open(path, "rb")
-                self._file.seek(self.offset)
-            line = self._file.readline()
-            if not line:
-                self._next_share()
-                continue
-            number = self.line
-            self.line += 1
-            self.offset += len(line)
-            if first <= number % modulus < last and not line.isspace():
-                self.found = True
-                return parse_document(line, path, number + 1)
-
-    def _next_share(self) -> None:
-        self.close()
-        self.line = self.offset = 0
-        self.share += 1
-        if self.share == len(self.shares):
-            if not self.found:
-                names = ", ".join(str(share.path) for share in self.shares)
-                raise ValueError(
-                    f"data.sources.{self.name}: no documents for this rank in {names}; use fewer ranks or more text"
-                )
-            self.share, self.found = 0, False
-            self.n_pass += 1
-        self.show(self.shares[self.share].path)
-
-
 class Mixture:
     """Draws the source of each document by weight, independently."""
 
     def __init__(self, readers: list[SourceReader], weights: list[float], seed: tuple[int, int, int]):
         self.readers = readers
+        self._last = readers[0]
         self.rng = np.random.default_rng(seed)
         # What `rng.choice(len(readers), p=weights)` does at each call, worked out once: 10 times faster.
         cumulative = (np.array(weights, dtype=np.float64) / np.sum(weights)).cumsum()
@@ -253,7 +130,16 @@ class Mixture:
             reader.restore(tuple(source))
 
     def next_document(self) -> str:
-        return self.readers[bisect_right(self._cumulative, self.rng.random())].next_document()
+        self._last = self.readers[bisect_right(self._cumulative, self.rng.random())]
+        return self._last.next_document()
+
+    def reject(self, problem: str) -> None:
+        """The document that was given last is of no use."""
+        self._last.reject(problem)
+
+    def n_skipped(self) -> int:
+        """Faults so far, each time that they were met."""
+        return sum(reader.faults.n_skipped for reader in self.readers)
 
 
 # --- rows and batches --------------------------------------------------------------------------------------------
@@ -266,6 +152,7 @@ class RowPacker:
         self.mixture = mixture
         self.tokenizer = tokenizer
         self.add_bos, self.add_eos = args.add_bos, args.add_eos
+        self.on_error = args.on_error
         self.step = args.seq_len
         self.row_len = args.seq_len + args.n_views - 1
         # Documents not yet used up, each with the mixture's state before it was read: that state and the number of
@@ -284,9 +171,11 @@ class RowPacker:
         if state["tokens_used"]:
             self._read_document()
             if self._n_pending <= state["tokens_used"]:
-                raise ValueError(
-                    "data: the document at the checkpoint's place is shorter than it was; the data changed"
-                )
+                problem = "data: the document at the checkpoint's place is shorter than it was; the data changed"
+                if self.on_error == "stop":
+                    raise ValueError(problem)
+                logger.warning("%s", problem)
+                return
             self._used = state["tokens_used"]
             self._n_pending -= self._used
 
@@ -298,13 +187,19 @@ class RowPacker:
     def _read_document(self) -> None:
         for _ in range(MAX_EMPTY_DOCUMENTS):
             state = self.mixture.state()
-            tokens = self.tokenizer.encode(self.mixture.next_document(), self.add_bos, self.add_eos)
+            text = self.mixture.next_document()
+            try:
+                tokens = encode_document(self.tokenizer, text, self.add_bos, self.add_eos)
+            except ValueError as error:
+                self.mixture.reject(str(error))
+                continue
             if len(tokens):
                 self._pending.append((state, np.asarray(tokens, dtype=np.int32)))
                 self._n_pending += len(tokens)
                 return
         raise ValueError(
-            f"data.sources: {MAX_EMPTY_DOCUMENTS} documents in a row are empty; there is nothing to train on"
+            f"data.sources: {MAX_EMPTY_DOCUMENTS} documents in a row are empty, or fail in the tokenizer; there is "
+            "nothing to train on"
         )
 
     def _fill_row(self, row: np.ndarray) -> None:
@@ -385,7 +280,8 @@ class RowStream:
             shuffler.restore(state["place"])
 
     def state(self) -> State:
-        return _stream_state(self.number, self.rows_given, self._rows_used, self.shuffler.state())
+        place, n_skipped = self.shuffler.state(), self.shuffler.packer.mixture.n_skipped()
+        return _stream_state(self.number, self.rows_given, self._rows_used, place, n_skipped)
 
     def fill(self, batch: np.ndarray) -> None:
         """Writes the views of the next rows into `batch`, int64 of shape (n, seq_len, n_views)."""
@@ -456,22 +352,34 @@ _STREAM_KEYS = {"stream", "rows_given", "rows_used", "place"}
 _GEOMETRY = ("seed", "batch_size", "seq_len", "n_views", "prefetch_size", "add_bos", "add_eos")
 
 
-def _stream_state(number: int, rows_given: int = 0, rows_used: int = 0, place: State | None = None) -> State:
+def _stream_state(
+    number: int, rows_given: int = 0, rows_used: int = 0, place: State | None = None, n_skipped: int = 0
+) -> State:
     """A stream's number, its rows given since the start, and those used (0 to batch_size - 1) of the batch at `place`.
 
-    `place` is the shuffler's, None as long as nothing was read.
+    `place` is the shuffler's, None as long as nothing was read. `n_skipped`: faults met in all that was read by now,
+    the rows that wait in the shuffler included.
     """
-    return {"stream": number, "rows_given": rows_given, "rows_used": rows_used, "place": place}
+    state = {"stream": number, "rows_given": rows_given, "rows_used": rows_used, "place": place}
+    return state | {"n_skipped": n_skipped}
+
+
+def count_skipped(state: State) -> int:
+    """Faults that the rank of this state has skipped since the run began. Of a stream that ranks share, one counts."""
+    turn, _ = state["turn"]
+    return 0 if turn else sum(stream.get("n_skipped", 0) for stream in state["streams"])
 
 
 def _describe(args: DataArgs, n_streams: int) -> State:
-    files = {name: [path.name for path in find_files(args.root_dir, name, TRAIN_FILES)] for name in args.sources}
+    found = {name: find_files(args.root_dir, name, TRAIN_FILES) for name in args.sources}
+    files = {name: [path.name for path in paths] for name, paths in found.items()}
+    sizes = {name: [path.stat().st_size for path in paths] for name, paths in found.items()}
     description = {f"data.{key}": getattr(args, key) for key in _GEOMETRY}
     description |= {
         "data.sources": [list(item) for item in args.sources.items()],
         "data.tokenizer.name": args.tokenizer.name,
     }
-    return description | {"files": files, "streams": n_streams}
+    return description | {"files": files, "bytes": sizes, "streams": n_streams}
 
 
 def _check_rank(rank: int, world_size: int) -> None:
@@ -520,7 +428,11 @@ def check_state_fits(args: DataArgs, state: State) -> None:
     made_with = state["made_with"]
     for key, now in _describe(_args_at_start(args, state), made_with["streams"]).items():
         then = made_with.get(key)
-        if then != now:
+        if key == "bytes":
+            _check_sizes(args, made_with["files"], then, now)
+        elif key == "files" and args.on_error == "skip" and all(set(now[name]) <= set(then[name]) for name in now):
+            continue  # the reader finds that they are gone
+        elif then != now:
             if key == "files":
                 source = next(source for source in now if now[source] != then.get(source))
                 key = f"data.sources.{source}"
@@ -530,6 +442,20 @@ def check_state_fits(args: DataArgs, state: State) -> None:
                 f"{key}: {now} now, but {then} when the checkpoint was written, so its place in the data is lost; set "
                 "it back, or start a new run from the weights with checkpoint.init_ckpt_path"
             )
+
+
+def _check_sizes(args: DataArgs, files: State, then: State | None, now: State) -> None:
+    """`then`: None in states of before sizes were kept. With on_error=skip the reader tells what it comes across."""
+    if then is None or args.on_error == "skip":
+        return
+    for source, names in files.items():
+        for name, size_then, size_now in zip(names, then[source], now[source], strict=True):
+            if size_then != size_now:
+                raise ValueError(
+                    f"{Path(args.root_dir) / source / name}: {size_now:,} bytes now, but {size_then:,} when the run "
+                    "began, so its place in the data is lost; set it back, start a new run from the weights with "
+                    "checkpoint.init_ckpt_path, or go on inexactly with data.on_error=skip"
+                )
 
 
 def redistribute_state(states: list[State], rank: int, world_size: int) -> State:
@@ -593,14 +519,17 @@ def _collect_streams(states: list[State]) -> list[State]:
 
 def _build_streams(args: DataArgs, state: State, show: Callable[[Path], None]) -> list[RowStream]:
     """The streams that the state's rank reads, at their places. `args` are those of the run's start."""
-    n_streams = state["made_with"]["streams"]
+    made_with = state["made_with"]
+    n_streams = made_with["streams"]
+    files = {name: [Path(args.root_dir, name, file) for file in made_with["files"][name]] for name in args.sources}
     tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
+    tokenizer.encode("", args.add_bos, args.add_eos)  # what fails here is no document's fault
     streams = []
     for stream in state["streams"]:
         number = stream["stream"]
         readers = [
-            SourceReader(name, share_files(find_files(args.root_dir, name, TRAIN_FILES), number, n_streams), show)
-            for name in args.sources
+            SourceReader(name, share_files(paths, number, n_streams), args.on_error, show)
+            for name, paths in files.items()
         ]
         mixture = Mixture(readers, list(args.sources.values()), (args.seed, number, n_streams))
         shuffler = BatchShuffler(RowPacker(mixture, tokenizer, args), args, (args.seed + 1, number, n_streams))
@@ -644,7 +573,8 @@ def build_dataloader_from_args(
 
 # --- the worker process ------------------------------------------------------------------------------------------
 #
-# Frames on the pipe: length of the header, header (JSON), raw bytes of the batch where the header tells a shape.
+# Frames on the pipe: length of the header, header (JSON), raw bytes of the batch where the header tells a shape. What
+# the worker logs comes in frames, too.
 
 
 # Signals to the job are the trainer's to answer; the worker goes when its pipe does.
@@ -776,14 +706,19 @@ class _Worker:
             self._queue.put(error)
 
     def _receive_one(self, pipe: BinaryIO) -> tuple[np.ndarray, State]:
-        header = self._read(pipe, struct.unpack("<Q", self._read(pipe, 8))[0])
-        header = json.loads(header)
+        header = self._read_header(pipe)
+        while "warning" in header:
+            logger.warning("%s", header["warning"])
+            header = self._read_header(pipe)
         if "error" in header:
             kind = {"ValueError": ValueError, "OSError": OSError}.get(header["error"], RuntimeError)
             raise kind(header["message"])
         shape = header["shape"]
         batch = np.frombuffer(self._read(pipe, 8 * math.prod(shape)), dtype=np.int64).reshape(shape)
         return batch, {**self._start, "streams": header["streams"]}
+
+    def _read_header(self, pipe: BinaryIO) -> State:
+        return json.loads(self._read(pipe, struct.unpack("<Q", self._read(pipe, 8))[0]))
 
     def _read(self, pipe: BinaryIO, size: int) -> bytearray:
         data = bytearray(size)  # mutable, so that torch takes the array without a copy and a warning
@@ -800,6 +735,17 @@ class _Worker:
                 raise ChildProcessError(f"data: the loader's process was killed by {name}; out of memory?")
             view = view[n:]
         return data
+
+
+class _SendingHandler(logging.Handler):
+    """Sends what is logged to where the log is."""
+
+    def __init__(self, send: Callable[[State], None]):
+        super().__init__(logging.WARNING)
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._send({"warning": record.getMessage()})
 
 
 def serve_batches(place: int) -> None:
@@ -820,6 +766,7 @@ def serve_batches(place: int) -> None:
         pipe.write(payload)
         pipe.flush()
 
+    logging.getLogger().addHandler(_SendingHandler(send))
     try:
         request = json.loads(sys.stdin.buffer.read())
         fields = request["args"]

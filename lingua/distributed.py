@@ -38,6 +38,9 @@ PATIENCE_WITH_THE_ERROR = 3
 # Seconds beyond distributed.timeout after which NCCL ends a process.
 PATIENCE_WITH_NCCL = 60
 
+# Seconds, which are nanoseconds in 64 bits somewhere in torch.
+LONGEST_TIMEOUT = 10**9
+
 # Set by torchrun to "True" where its agent keeps a store for the ranks.
 AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
@@ -144,6 +147,8 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
             )
     if args.timeout < 1:
         raise ValueError(f"distributed.timeout: {args.timeout} seconds are too few, it must be 1 or more")
+    if args.timeout > LONGEST_TIMEOUT:
+        raise ValueError(f"distributed.timeout: {args.timeout} seconds are more than {LONGEST_TIMEOUT}, of 30 years")
     if args.compile_cache_size_limit < 1:
         raise ValueError(
             f"distributed.compile_cache_size_limit: {args.compile_cache_size_limit} is too small, it must be 1 or more"
@@ -268,8 +273,11 @@ def set_environment(variables: dict[str, str]) -> None:
 
 
 def validate_environment(variables: dict[str, str]) -> None:
-    """Raises ValueError for variables that would carry a secret into saved configs."""
+    """Raises ValueError for what cannot be a variable, and for those that would carry a secret into saved configs."""
     refuse_secrets(variables, "env")
+    for name in variables:
+        if not name or "=" in name or "\0" in name + variables[name]:
+            raise ValueError(f"env.{name}: no variable can have this name, or value {variables[name][:30]!r}")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -328,7 +328,7 @@ def _check_lines(data: memoryview, starts: np.ndarray, stops: np.ndarray, file: 
 
 def _check_slowly(line: bytes, file: InputFile, place: int) -> None:
     """As the loader does, which takes NaN, too, for example, or brackets nested deeper. Raises its ValueError."""
-    from lingua.data import parse_document
+    from lingua.sources import parse_document
 
     try:
         line.decode()

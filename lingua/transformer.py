@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lingua.initialize import truncated_normal
-from lingua.product_key.memory import HashingMemory, ProductKeyArgs, memory_kwargs, memory_layers
+from lingua.product_key.memory import HashingMemory, ProductKeyArgs, check_sizes, memory_kwargs, memory_layers
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
 INIT_STD_FACTORS = ("disabled", "global_depth", "current_depth", "dim_ratio")
@@ -92,14 +92,30 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"model.{name}: {value} must be a number above 0")
-    if hidden_size(args.dim, args.multiple_of, args.ffn_dim_multiplier) < 1:
+    try:
+        hidden = hidden_size(args.dim, args.multiple_of, args.ffn_dim_multiplier)
+    except OverflowError:
+        raise ValueError(
+            f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} is too large, the feed-forward would have no end"
+        ) from None
+    if hidden < 1:
         raise ValueError(f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} leaves the feed-forward no hidden units")
     if args.init_std_factor not in INIT_STD_FACTORS:
         raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
     if memory_layers(args.productkey_args, args.n_layers):
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            HashingMemory(args.dim, args.dim, **memory_kwargs(args.productkey_args))
+        memory = args.productkey_args
+        check_sizes(
+            args.dim,
+            args.dim,
+            memory.mem_n_keys,
+            memory.mem_heads,
+            memory.mem_knn,
+            memory.mem_k_dim,
+            memory.mem_v_dim,
+            memory.peer_variant,
+            memory.value_fixed_lr,
+        )
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

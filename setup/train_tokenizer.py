@@ -30,7 +30,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from lingua.args import check_writable, first_line
-from lingua.data import parse_document, read_documents
+from lingua.sources import parse_document, read_documents
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_tokenizer
 
 FILE_NAME = "tokenizer.model"
@@ -110,7 +110,7 @@ class Corpus:
         if not self.val_files:
             return self.held_out, f"{len(self.held_out)} held-out documents"
         texts, room = [], HELD_OUT_BYTES
-        for text in (clean(text) for file in self.val_files for text in read_documents(file)):
+        for text in (clean(text) for file in self.val_files for text, _ in read_documents(file)):
             room -= len(text.encode())
             if room < 0:
                 break

@@ -19,15 +19,9 @@ import sentencepiece
 
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.data import (
-    TRAIN_FILES,
-    DataArgs,
-    build_dataloader_from_args,
-    find_files,
-    init_dataloader_state_from_args,
-    read_documents,
-)
+from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import run_main
+from lingua.sources import TRAIN_FILES, find_files, read_documents
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
 
@@ -48,7 +42,7 @@ class BenchArgs:
 def texts(args: DataArgs) -> Iterator[str]:
     for source in itertools.cycle(args.sources):
         for file in find_files(args.root_dir, source, TRAIN_FILES):
-            yield from read_documents(file)
+            yield from (text for text, _ in read_documents(file))
 
 
 def train_sentencepiece(args: DataArgs, vocab_size: int, file: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs, TiedOutput
-from lingua.args import from_dict, parse_args, to_dict
+from lingua.args import first_line, from_dict, parse_args, to_dict
 from lingua.checkpoint import (
     CONFIG_FILE,
     CONSOLIDATED_FOLDER,
@@ -561,11 +561,15 @@ class _GraphedStep:
 
 @contextlib.contextmanager
 def explaining_memory(message: str) -> Iterator[None]:
-    """Turns a GPU's running out of memory into a ValueError of this message."""
+    """Turns running out of memory, a GPU's or the CPU's, into a ValueError of this message."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise ValueError(message) from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ValueError(f"{message} ({first_line(error)})") from None
 
 
 class Progress:

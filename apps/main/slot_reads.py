@@ -2,7 +2,7 @@
 
 A row for each slot that a token reads in a head of a memory, the slot with the largest weight first:
 
-    source, document   the source's name; the document's number in its validation files
+    source, document   the source's name; the number of the document among those that can be read
     position           the token's place in the document
     token, text        its id; its part of the document's text, of which BOS and EOS have none
     layer, head        the block that the memory is in, and the head
@@ -27,8 +27,8 @@ import torch
 
 from apps.main.generate import PackedCausalTransformerGenerator
 from apps.main.validation import check_stop, rows_of, watch_searches
-from lingua.data import read_documents
 from lingua.distributed import rank_and_size, together
+from lingua.sources import Faults, encode_document, read_documents
 from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,15 @@ def _first_rows(
     paths: list[Path], tokenizer: Tokenizer, train_data: dict[str, Any], seq_len: int, n_tokens: int
 ) -> Iterator[Row]:
     """The rows that validation scores, in the order of the documents, until so many tokens are read."""
-    left = n_tokens
-    documents = (text for path in paths for text in read_documents(path))
-    for document, text in enumerate(documents):
-        tokens = tokenizer.encode(text, train_data["add_bos"], train_data["add_eos"])
+    left, document = n_tokens, -1
+    faults = Faults(train_data.get("on_error", "stop"), is_told=False)  # validation has told of them
+    for text, place in itertools.chain.from_iterable(read_documents(path, faults) for path in paths):
+        try:
+            tokens = encode_document(tokenizer, text, train_data["add_bos"], train_data["add_eos"])
+        except ValueError as error:
+            faults.skip(place.tell(str(error)))
+            continue
+        document += 1
         texts, _ = tokenizer.get_token_offsets(text, tokens)
         start = 0
         for row in rows_of(tokens, seq_len):

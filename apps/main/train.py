@@ -36,6 +36,8 @@ from apps.main.eval import (
     is_done,
     validate_eval_args,
 )
+from apps.main.fits import check_memory
+from apps.main.generate import explaining_memory
 from apps.main.transformer import (
     LMTransformer,
     LMTransformerArgs,
@@ -45,7 +47,7 @@ from apps.main.transformer import (
 )
 from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
-from lingua.args import check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
+from lingua.args import check_path, check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
 from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
@@ -58,6 +60,7 @@ from lingua.data import (
     DataArgs,
     build_dataloader_from_args,
     check_state_fits,
+    count_skipped,
     init_dataloader_state_from_args,
     validate_data_args,
 )
@@ -174,6 +177,14 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
             raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.seed < 0:
         raise ValueError(f"seed: {args.seed} is negative, it must be 0 or more")
+    for key, path in (
+        ("dump_dir", args.dump_dir),
+        ("data.root_dir", args.data.root_dir),
+        ("data.tokenizer.path", args.data.tokenizer.path),
+        ("checkpoint.path", args.checkpoint.path),
+        ("checkpoint.init_ckpt_path", args.checkpoint.init_ckpt_path),
+    ):
+        check_path(key, path)
     if args.probe_freq is not None and args.probe_freq < 1:
         raise ValueError(f"probe_freq: {args.probe_freq} is too small, it must be 1 or more, or null")
     if args.profiling.run:
@@ -197,6 +208,8 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     validate_value_update(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
+    if args.checkpoint.init_ckpt_path is not None and not Path(args.checkpoint.init_ckpt_path).exists():
+        raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
     validate_evaluation(args)
 
 
@@ -482,7 +495,10 @@ class Run:
             load_training(resume_from, self.model, self.optimizer, compared=True)
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
-            load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+            try:
+                load_model(Path(args.checkpoint.init_ckpt_path), self.model)
+            except ValueError as error:
+                raise ValueError(f"checkpoint.init_ckpt_path: {error}") from None
             logger.info("weights from %s", args.checkpoint.init_ckpt_path)
         self.memory_use = MemoryUse(self.model.memories() if args.logging.memory_use else {})
         if resume_from is not None and not self.memory_use.load(from_first_rank(self.slots_read)):
@@ -569,6 +585,9 @@ class Run:
             "loss/out": mean_loss,
             **self.guard.metrics(),
         }
+        if args.data.on_error == "skip":
+            n_skipped = reduce_sum([count_skipped(self.loader_state)])[0]
+            metrics["data/skipped"] = round(n_skipped / args.distributed.tp_size)  # whose ranks read the same
         if step.value_grad_norm is not None:
             metrics |= {"optim/value_grad_norm": step.value_grad_norm.item(), "optim/value_lr": used[1]}
         if self.metrics is not None:
@@ -726,10 +745,14 @@ def train(args: TrainArgs) -> None:
     world = find_world()
     init_logger(world.rank, world.size)
     validate_train_args(args, world)
+    check_memory(args, world)
     set_environment(args.env)
     slurm.use_scratch()
     set_torch_options(args)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            explaining_memory("data.batch_size, model.*: the run does not fit the memory; make it smaller")
+        )
         stack.enter_context(process_group(world, args.distributed.timeout))
         # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
         stop_signal = stack.enter_context(StopSignal())

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
 from apps.main.transformer import LMTransformer
-from lingua.data import VALIDATION_FILES, find_files, read_documents
 from lingua.distributed import any_rank, gather_objects, rank_and_size, together
+from lingua.sources import VALIDATION_FILES, Faults, encode_document, find_files, read_documents
 
 logger = logging.getLogger(__name__)
 
@@ -93,35 +93,44 @@ def validate_source(
 ) -> dict[str, float]:
     """Mean loss a token, and bits a byte of text, over the documents of `files`. All ranks call it together.
 
-    Raises ValueError for files without a token, or with lines that are no documents, and EvaluationStopped on all ranks
-    where `should_stop` says so on any.
+    Documents at fault end it, or are skipped and counted (`n_skipped`), as `data.on_error` says. Raises ValueError for
+    those and for files without a token, and EvaluationStopped on all ranks where `should_stop` says so on any.
     """
     rank, n_ranks = rank_and_size()
     max_rows = None if max_steps is None else max_steps * train_data["batch_size"]
     at_once = max(generator.args.max_tokens, train_data["batch_size"] * generator.model.max_seqlen)
+    framing = train_data["add_bos"], train_data["add_eos"]
     totals = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0}
+    faults = Faults(train_data.get("on_error", "stop"), is_told=rank == 0)  # older runs have no such key
     losses: list[float] = []  # of this rank's rows
     n_rows = 0
     # How many rows there are is known where max_steps says it; else files are a little larger than their text.
     size, of_what = (sum(path.stat().st_size for path in files), "bytes") if max_rows is None else (max_rows, "rows")
     progress = Progress(size, f"{of_what} of {files[0].parent.name} scored", generator.args.show_progress)
-    documents = itertools.chain.from_iterable(map(read_documents, files))
+    documents = itertools.chain.from_iterable(read_documents(file, faults) for file in files)
     while max_rows is None or n_rows < max_rows:
         check_stop(should_stop)
         with together():
-            texts = list(itertools.islice(documents, DOCUMENTS_AT_ONCE))
+            at_hand = list(itertools.islice(documents, DOCUMENTS_AT_ONCE))
             # Each rank encodes some of them, and tells the others.
-            encoded = [
-                generator.tokenizer.encode(t, train_data["add_bos"], train_data["add_eos"])
-                for t in texts[rank::n_ranks]
-            ]
-        if not texts:
+            encoded: list[list[int] | str] = []
+            for text, place in at_hand[rank::n_ranks]:
+                try:
+                    encoded.append(encode_document(generator.tokenizer, text, *framing))
+                except ValueError as error:
+                    if not faults.are_skipped:
+                        raise ValueError(place.tell(str(error))) from None
+                    encoded.append(str(error))
+        if not at_hand:
             break
         tokens_of = list(itertools.chain.from_iterable(itertools.zip_longest(*gather_objects(encoded), fillvalue=None)))
         rows: list[list[int]] = []
-        for text, tokens in zip(texts, tokens_of, strict=False):
+        for (text, place), tokens in zip(at_hand, tokens_of, strict=False):
             if max_rows is not None and n_rows + len(rows) >= max_rows:
                 break
+            if isinstance(tokens, str):
+                faults.skip(place.tell(tokens))
+                continue
             rows += rows_of(tokens, generator.model.max_seqlen)
             totals["n_documents"] += 1
             totals["n_tokens"] += max(len(tokens) - 1, 0)
@@ -139,6 +148,8 @@ def validate_source(
         progress.done = done + doing
     if totals["n_tokens"] == 0 or totals["n_bytes"] == 0:
         raise ValueError(f"{files[0].parent}: no text in its validation files")
+    if faults.are_skipped:
+        totals["n_skipped"] = faults.n_skipped
     # Summed exactly, so that it does not matter which rank found what.
     nll = math.fsum(itertools.chain.from_iterable(gather_objects(losses)))
     return {"loss": nll / totals["n_tokens"], "bits_per_byte": nll / math.log(2) / totals["n_bytes"], **totals}

@@ -48,7 +48,9 @@ def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:
     try:
         layers = [int(number) for number in args.layers.split(",")]
     except ValueError:
-        raise ValueError(f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\"") from None
+        raise ValueError(
+            f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\", or is_enabled=false"
+        ) from None
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise ValueError(
@@ -103,7 +105,7 @@ class HashingMemory(nn.Module):
         owner: HashingMemory | None = None,
     ):
         super().__init__()
-        _check_sizes(
+        check_sizes(
             input_dim, output_dim, mem_n_keys, mem_heads, mem_knn, mem_k_dim, mem_v_dim, peer_variant, value_fixed_lr
         )
         self.input_dim, self.output_dim = input_dim, output_dim
@@ -209,7 +211,7 @@ class _Gate(torch.autograd.Function):
         return grad_y, torch.ops.aten.silu_backward(grad_silu, gate.to(grad_silu.dtype)).to(gate.dtype)
 
 
-def _check_sizes(
+def check_sizes(
     input_dim: int,
     output_dim: int,
     n_keys: int,
@@ -220,6 +222,7 @@ def _check_sizes(
     peer_variant: bool,
     value_fixed_lr: float | None,
 ) -> None:
+    """Raises ValueError, one line that names the key, for sizes that cannot work."""
     key = "model.productkey_args."
     for name, value in (("mem_n_keys", n_keys), ("mem_heads", heads), ("mem_knn", knn), ("mem_k_dim", k_dim)):
         if value < 1:

@@ -217,6 +217,7 @@ def test_a_bad_line_is_named(tmp_path, kind, load_async):
     message = refusal(make_args(tmp_path, load_async=load_async))
     assert message.startswith(f"{path}:3: ")
     assert problem in message
+    assert "; the line begins at byte 18 " in message
 
 
 def test_errors_of_the_worker_are_those_of_the_loader_without_one(tmp_path):
@@ -528,7 +529,9 @@ def test_a_file_cut_before_the_place_is_named(tmp_path, load_async):
     path = tmp_path / "a" / "a.chunk.00.jsonl"
     with path.open("r+b") as file:
         file.truncate(30)
-    message = refusal(dataclasses.replace(args, load_async=load_async), state, n=1)
+    args = dataclasses.replace(args, load_async=load_async)
+    assert refusal(args, state, n=1).startswith(f"{path}: 30 bytes now, but 950 when the run began")
+    message = refusal(args, without_sizes(state), n=1)
     assert message.startswith(f"{path}: 30 bytes, but the checkpoint had read ")
 
 
@@ -537,7 +540,25 @@ def test_a_document_that_became_shorter_is_noticed(tmp_path):
     args = make_args(tmp_path)
     state = through_json(take(args, 7)[-1][1])
     write_source(tmp_path, "a", [["x"]])
-    assert "the data changed" in refusal(args, state, n=1)
+    assert "1,013 when the run began" in refusal(args, state, n=1)
+    assert "the data changed" in refusal(args, without_sizes(state), n=1)
+
+
+def without_sizes(state):
+    """As states were before files' sizes were kept in them, and faults counted."""
+    made_with = {key: value for key, value in state["made_with"].items() if key != "bytes"}
+    return {**state, "made_with": made_with}
+
+
+def test_a_state_of_before_faults_were_counted_resumes(mixed):
+    items = take(mixed, 12)
+    state = without_sizes(through_json(items[4][1]))
+    (stream,) = state["streams"]
+    del stream["n_skipped"]
+    sources = stream["place"]["rows"]["documents"]["sources"]
+    stream["place"]["rows"]["documents"]["sources"] = [source[:5] for source in sources]
+    resumed = take(mixed, 7, state)
+    assert all(np.array_equal(got, batch) for (got, _), (batch, _) in zip(resumed, items[5:], strict=True))
 
 
 # --- other ranks and batch sizes ---------------------------------------------------------------------------------
@@ -826,6 +847,7 @@ def test_states_for_bad_ranks_are_refused(corpus, rank, world_size):
         ({"n_views": 0}, "data.n_views: 0 "),
         ({"prefetch_size": 0}, "data.prefetch_size: 0 "),
         ({"seed": -1}, "data.seed: -1 "),
+        ({"on_error": "skipp"}, "data.on_error: 'skipp' "),
         ({"sources": {}}, "data.sources: empty"),
         ({"sources": {"a": 0.0}}, "data.sources: all weights are 0"),
         ({"sources": {"a": -1.0}}, "data.sources.a: "),
@@ -878,7 +900,7 @@ def test_a_source_of_blank_lines_says_so(tmp_path):
 def test_a_source_that_is_emptied_says_so(tmp_path):
     """Rather than read it over and over."""
     write_source(tmp_path, "a", [["one", "two"]])
-    with opened(make_args(tmp_path)) as loader:
+    with opened(make_args(tmp_path, on_error="skip")) as loader:
         next(loader)
         write_lines(tmp_path, b"\n" * 100)
         with pytest.raises(ValueError, match=r"^data\.sources\.a: no documents"):
@@ -1035,7 +1057,7 @@ def test_a_file_that_goes_away_is_named(with_worker, load_async):
     with opened(dataclasses.replace(with_worker, load_async=load_async)) as loader:
         next(loader)
         path.unlink()
-        with pytest.raises(OSError, match=str(path)):
+        with pytest.raises(ValueError, match=f"^{path}: is gone since the run began"):
             list(itertools.islice(loader, 10_000))
 
 

@@ -1,0 +1,192 @@
+"""Whether a run can fit this machine's memory: arithmetic on the config, before anything is built.
+
+A lower bound of what a rank holds, so what is refused here could not have run; what is let through can still be too
+much, which is told where it happens (`explaining_memory`).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import psutil
+import torch
+
+from lingua.data import QUEUED_BATCHES
+from lingua.distributed import DTYPES, World, mesh_sizes
+from lingua.product_key.memory import memory_layers
+from lingua.transformer import head_sizes, hidden_size
+
+if TYPE_CHECKING:
+    from apps.main.train import TrainArgs
+
+# Bytes of Python's objects for a block: modules, parameters, the optimizer's state.
+OBJECTS_PER_BLOCK = 40_000
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Need(NamedTuple):
+    """Bytes that a rank needs for `what`, which follow from `keys` of the config."""
+
+    what: str
+    keys: tuple[str, ...]
+    bytes: float
+
+
+class Parameters(NamedTuple):
+    what: str
+    keys: tuple[str, ...]
+    count: int
+
+
+def count_parameters_by_part(args: TrainArgs) -> list[Parameters]:
+    """All of a model's parameters, the value tables last."""
+    model, memory = args.model, args.model.productkey_args
+    head_dim, n_heads, n_kv_heads = head_sizes(model)
+    n_memories = len(memory_layers(memory, model.n_layers))
+    v_dim = memory.mem_v_dim if memory.mem_v_dim > 0 else model.dim
+    hidden = hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
+    attention = 2 * model.dim * head_dim * (n_heads + n_kv_heads)
+    query = (model.dim + 1) * memory.mem_heads * memory.mem_k_dim
+    keys = 2 * memory.mem_heads * memory.mem_n_keys * (memory.mem_k_dim // 2)
+    projections = (model.dim + 1) * v_dim if memory.swilu_projection else 0
+    if memory.swilu_projection or memory.mem_v_dim > 0:
+        projections += (v_dim + 1) * model.dim
+    if memory.mem_gated:
+        projections += model.dim + 1
+    n_tables = (min(n_memories, 1) if memory.mem_share_values else n_memories) * (2 if memory.peer_variant else 1)
+    key = "model.productkey_args."
+    return [
+        Parameters(
+            "embedding and output",
+            ("model.vocab_size", "model.dim"),
+            model.vocab_size * model.dim * (1 if model.weight_tying else 2),
+        ),
+        Parameters(
+            "attention",
+            ("model.n_layers", "model.dim", "model.head_dim", "model.n_heads", "model.n_kv_heads"),
+            model.n_layers * (attention + 2 * model.dim) + model.dim,
+        ),
+        Parameters(
+            "feed-forwards",
+            ("model.n_layers", "model.dim", "model.multiple_of", "model.ffn_dim_multiplier"),
+            (model.n_layers - n_memories) * 3 * model.dim * hidden,
+        ),
+        Parameters(
+            "memories' queries and keys",
+            (f"{key}mem_heads", f"{key}mem_k_dim", f"{key}mem_n_keys", "model.dim"),
+            n_memories * (query + keys),
+        ),
+        Parameters("memories' projections", (f"{key}mem_v_dim", "model.dim"), n_memories * projections),
+        Parameters(
+            "value tables",
+            (f"{key}mem_n_keys", f"{key}mem_v_dim", "model.dim"),
+            n_tables * memory.mem_n_keys**2 * v_dim,
+        ),
+    ]
+
+
+def model_needs(args: TrainArgs, world: World) -> Iterator[Need]:
+    """Parameters, gradients and AdamW's moments."""
+    _, shard, tp_size = mesh_sizes(args.distributed, world)
+    *dense, tables = count_parameters_by_part(args)
+    for part in dense:
+        yield Need(f"{part.what}, with gradients and moments", part.keys, 4 * 4 * part.count / (shard * tp_size))
+    table_ranks = args.distributed.memory_parallel_size * tp_size
+    copies = 3 if args.optim.value_update == "sparse" else 4
+    size = 2 if args.distributed.model_dtype == "bf16" else 4
+    split = tables.count / (table_ranks if table_ranks > 1 else shard)
+    what = f"{tables.what}, with {'' if copies == 3 else 'gradients and '}moments"
+    yield Need(what, tables.keys, copies * size * split)
+
+
+def activation_needs(args: TrainArgs, world: World) -> Iterator[Need]:
+    """What the backward pass waits for: the least of it, whatever is compiled or computed again."""
+    model, distributed = args.model, args.distributed
+    head_dim, n_heads, n_kv_heads = head_sizes(model)
+    batch = ("data.batch_size", "data.seq_len")
+    n_tokens = args.data.batch_size * args.data.seq_len
+    size = DTYPES[distributed.model_dtype].itemsize
+    yield Need("logits", (*batch, "model.vocab_size"), n_tokens * model.vocab_size * (size + 4))
+    n_tokens /= distributed.tp_size
+    yield Need("blocks' inputs", (*batch, "model.dim", "model.n_layers"), n_tokens * model.dim * size * model.n_layers)
+    # At least one block's whole, where the others' are computed again.
+    recomputed = distributed.checkpoint_each_layer or distributed.selective_activation_checkpointing
+    n_memories = len(memory_layers(model.productkey_args, model.n_layers))
+    kept = (lambda n_blocks: min(n_blocks, 1)) if recomputed else (lambda n_blocks: n_blocks)
+    attention = head_dim * (n_heads + 2 * n_kv_heads)
+    keys = (*batch, "model.n_layers", "model.head_dim", "model.n_heads", "model.n_kv_heads")
+    yield Need("attention's activations", keys, n_tokens * attention * size * kept(model.n_layers))
+    hidden = 2 * hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
+    keys = (*batch, "model.n_layers", "model.dim", "model.multiple_of", "model.ffn_dim_multiplier")
+    yield Need("feed-forwards' activations", keys, n_tokens * hidden * size * kept(model.n_layers - n_memories))
+    key = "model.productkey_args."
+    bag = model.productkey_args.mem_heads * model.productkey_args.mem_knn
+    slots_and_weights = n_tokens * bag * (8 + 4) * kept(n_memories)
+    yield Need("slots and weights", (*batch, f"{key}mem_heads", f"{key}mem_knn"), slots_and_weights)
+    if model.sliding_window is not None and model.sliding_window < args.data.seq_len:
+        yield Need("the mask", ("data.seq_len", "model.sliding_window"), 8 * args.data.seq_len**2)
+    yield Need("rotations", ("data.seq_len", "model.head_dim"), 4 * args.data.seq_len * head_dim)
+
+
+def loader_needs(args: TrainArgs) -> Iterator[Need]:
+    """In the CPU's memory, whatever computes."""
+    data = args.data
+    rows = data.prefetch_size * data.batch_size
+    keys = ("data.prefetch_size", "data.batch_size", "data.seq_len", "data.n_views")
+    yield Need("the shuffle buffer", keys, 4 * rows * (data.seq_len + data.n_views - 1))
+    waiting = args.grad_acc_steps + (QUEUED_BATCHES if data.load_async else 0)
+    keys = ("grad_acc_steps", "data.batch_size", "data.seq_len", "data.n_views")
+    yield Need("the batches of a step", keys, 8 * waiting * data.batch_size * data.seq_len * data.n_views)
+    yield Need("the blocks' objects", ("model.n_layers",), OBJECTS_PER_BLOCK * args.model.n_layers)
+
+
+def cpu_memory() -> int:
+    """Bytes that this process may have: its share of the machine's, or of what a container or `ulimit` leaves it."""
+    limits = [psutil.virtual_memory().total]
+    for file in CGROUP_LIMITS:
+        if Path(file).is_file() and (text := Path(file).read_text().strip()).isdecimal():
+            limits.append(int(text))
+    share = min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return share if soft == resource.RLIM_INFINITY else min(share, soft - psutil.Process().memory_info().vms)
+
+
+def check_memory(args: TrainArgs, world: World) -> None:
+    """Raises ValueError, one line that names the largest need and the keys that it follows from, for a run that cannot
+    fit. Of validated `args`; takes no time, whatever the sizes.
+    """
+    on_device = [*model_needs(args, world), *activation_needs(args, world)]
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        _check(args, on_device, total, f"{torch.cuda.get_device_name(world.device)} has")
+        on_device = []
+    _check(args, [*on_device, *loader_needs(args)], cpu_memory(), "this process can have")
+
+
+def _check(args: TrainArgs, needs: list[Need], limit: int, who_has: str) -> None:
+    total = sum(need.bytes for need in needs)
+    if total <= limit:
+        return
+    largest = max(needs, key=lambda need: need.bytes)
+    found = ", ".join(f"{key}={_value(args, key)}" for key in largest.keys)
+    raise ValueError(
+        f"{found}: {largest.what} take {_gib(largest.bytes)}; a rank needs {_gib(total)} at the least, and {who_has} "
+        f"{_gib(limit)}; lower some of these keys, or split the model over more ranks (distributed.*)"
+    )
+
+
+def _value(args: TrainArgs, key: str) -> object:
+    value: object = args
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _gib(n_bytes: float) -> str:
+    gib = n_bytes / 2**30
+    return f"{gib:,.1f} GiB" if gib < 1e6 else f"{gib:.1e} GiB"
