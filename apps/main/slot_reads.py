@@ -14,6 +14,7 @@ Only tokens that something is predicted from read: all of a document but the las
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
