@@ -1,13 +1,11 @@
 """The memories' use in a run's metrics, and over a restart."""
 
-import json
 import shutil
 
 import pytest
 from training import read_metrics, start_ranks
 
 NAMES = {"read", "ever_read", "kl", "top_weight", "value_update_norm"}
-STATE = "train_state_00000.json"
 
 
 def use_in(line):
@@ -16,7 +14,6 @@ def use_in(line):
 
 def copy_run(source, folder, step):
     shutil.copytree(source / "checkpoints" / f"{step:010d}", folder / "checkpoints" / f"{step:010d}")
-    return folder / "checkpoints" / f"{step:010d}" / STATE
 
 
 def test_every_log_line_tells_of_every_memory(reference):
@@ -43,19 +40,6 @@ def test_a_run_goes_on_as_one_that_was_never_stopped(start, reference, tmp_path)
     assert resumed == {step: unbroken[step] for step in resumed}
 
 
-def test_a_checkpoint_that_does_not_tell_what_was_read(start, reference, tmp_path):
-    """Of an older version, say: told in the log."""
-    file = copy_run(reference, tmp_path / "run", 10)
-    state = json.loads(file.read_text())
-    del state["memory_use"]
-    file.write_text(json.dumps(state))
-    (file.parent / "checksums.json").unlink()
-    result = start(tmp_path / "run", "steps=20").finish().ok()
-    assert "does not tell which memory slots were read: counted from here on" in result.out
-    line = read_metrics(tmp_path / "run")[0]
-    assert line["pk/layer_1/ever_read"] == line["pk/layer_1/read"]
-
-
 def test_two_ranks_go_on_as_one(tiny, start, reference, tmp_path):
     """Both know what was read before, and tell the same of all tokens."""
     copy_run(reference, tmp_path / "run", 10)
@@ -69,7 +53,12 @@ def test_two_ranks_go_on_as_one(tiny, start, reference, tmp_path):
             assert line[name] == pytest.approx(value, rel=1e-3), name
 
 
-def test_it_can_be_switched_off(start, tmp_path):
-    assert start(tmp_path / "run", "steps=2", "logging.memory_use=false").finish().ok().err == ""
-    assert not any(use_in(line) for line in read_metrics(tmp_path / "run"))
-    assert json.loads((tmp_path / "run/checkpoints/0000000002" / STATE).read_text())["memory_use"] == {}
+def test_switched_off_and_on_again(start, tmp_path):
+    """A checkpoint that does not tell what was read is counted on from there, and the log says so."""
+    run, off = tmp_path / "run", "logging.memory_use=false"
+    assert start(run, "steps=5", off).finish().ok().err == ""
+    assert not any(use_in(line) for line in read_metrics(run))
+    told = start(run, "steps=6").finish().ok().out
+    assert "does not tell which memory slots were read: counted from here on" in told
+    line = read_metrics(run)[5]
+    assert line["pk/layer_1/ever_read"] == line["pk/layer_1/read"]
