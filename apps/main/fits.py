@@ -90,18 +90,24 @@ def count_parameters_by_part(args: TrainArgs) -> list[Parameters]:
     ]
 
 
-def model_needs(args: TrainArgs, world: World) -> Iterator[Need]:
-    """Parameters, gradients and AdamW's moments."""
+def dense_needs(args: TrainArgs, world: World) -> list[Need]:
+    """All parameters but the value tables, their gradients and AdamW's moments."""
     _, shard, tp_size = mesh_sizes(args.distributed, world)
-    *dense, tables = count_parameters_by_part(args)
-    for part in dense:
-        yield Need(f"{part.what}, with gradients and moments", part.keys, 4 * 4 * part.count / (shard * tp_size))
+    *dense, _ = count_parameters_by_part(args)
+    ranks = shard * tp_size
+    return [Need(f"{part.what}, with gradients and moments", part.keys, 4 * 4 * part.count / ranks) for part in dense]
+
+
+def table_needs(args: TrainArgs, world: World) -> list[Need]:
+    """The value tables, and their gradients and moments."""
+    _, shard, tp_size = mesh_sizes(args.distributed, world)
+    *_, tables = count_parameters_by_part(args)
     table_ranks = args.distributed.memory_parallel_size * tp_size
     copies = 3 if args.optim.value_update == "sparse" else 4
     size = 2 if args.distributed.model_dtype == "bf16" else 4
     split = tables.count / (table_ranks if table_ranks > 1 else shard)
     what = f"{tables.what}, with {'' if copies == 3 else 'gradients and '}moments"
-    yield Need(what, tables.keys, copies * size * split)
+    return [Need(what, tables.keys, copies * size * split)]
 
 
 def activation_needs(args: TrainArgs, world: World) -> Iterator[Need]:
@@ -160,12 +166,14 @@ def check_memory(args: TrainArgs, world: World) -> None:
     """Raises ValueError, one line that names the largest need and the keys that it follows from, for a run that cannot
     fit. Of validated `args`; takes no time, whatever the sizes.
     """
-    on_device = [*model_needs(args, world), *activation_needs(args, world)]
+    on_device, on_cpu = [*dense_needs(args, world), *activation_needs(args, world)], list(loader_needs(args))
+    (on_cpu if args.distributed.values_device == "cpu" else on_device).extend(table_needs(args, world))
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
         _check(args, on_device, total, f"{torch.cuda.get_device_name(world.device)} has")
-        on_device = []
-    _check(args, [*on_device, *loader_needs(args)], cpu_memory(), "this process can have")
+    else:
+        on_cpu += on_device
+    _check(args, on_cpu, cpu_memory(), "this process can have")
 
 
 def _check(args: TrainArgs, needs: list[Need], limit: int, who_has: str) -> None:

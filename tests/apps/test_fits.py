@@ -1,6 +1,8 @@
 """The arithmetic of `apps.main.fits` against models that are built, and what it refuses."""
 
+import contextlib
 import itertools
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -8,7 +10,14 @@ import torch
 from training import REPOSITORY
 
 from apps.main import fits
-from apps.main.fits import activation_needs, check_memory, count_parameters_by_part, loader_needs, model_needs
+from apps.main.fits import (
+    activation_needs,
+    check_memory,
+    count_parameters_by_part,
+    dense_needs,
+    loader_needs,
+    table_needs,
+)
 from apps.main.generate import explaining_memory
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_parameters
@@ -91,7 +100,8 @@ def test_a_step_takes_no_less(arguments, update):
     optimizer.step()
     held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert sum(need.bytes for need in model_needs(args, World())) == sum(t.nbytes for t in held)
+    needs = [*dense_needs(args, World()), *table_needs(args, World())]
+    assert sum(need.bytes for need in needs) == sum(t.nbytes for t in held)
 
 
 def test_the_loader_holds_its_buffer_and_batches():
@@ -137,9 +147,23 @@ def test_more_ranks_make_it_fit(monkeypatch):
     layout = ["distributed.fsdp_type=full_shard", "distributed.dp_shard=8", "distributed.memory_parallel_size=8"]
     args = shipped_args("pk_7b", *layout)
     check_memory(args, World(size=8))
-    needs = [need.bytes for need in model_needs(args, World(size=8))]
-    assert sum(needs[:-1]) == pytest.approx(13e9, rel=0.02)
-    assert needs[-1] == pytest.approx(4.3e9, rel=0.02)
+    assert sum(need.bytes for need in dense_needs(args, World(size=8))) == pytest.approx(13e9, rel=0.02)
+    assert sum(need.bytes for need in table_needs(args, World(size=8))) == pytest.approx(4.3e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("place", "refused_by"), [(None, "a GPU has"), ("cpu", "this process can have")])
+def test_value_tables_count_where_they_lie(monkeypatch, place, refused_by):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(fits, "cpu_memory", lambda: 2**31)
+    world = World(device=torch.device("cuda", 0))
+    args = make_args(*WITH_MEMORY, f"{MEMORY}.mem_n_keys=2048")
+    args.distributed.values_device = place
+    with pytest.raises(ValueError, match=refused_by) if place is None else contextlib.nullcontext():
+        check_memory(args, world)
+    args.model.productkey_args.mem_n_keys = 8192
+    with pytest.raises(ValueError, match=f"value tables, .*{refused_by}"):
+        check_memory(args, world)
 
 
 def test_limits_of_the_machine_count(monkeypatch, tmp_path):

@@ -203,6 +203,9 @@ WRONG = [
     ("inner.maybe", "abc", "'abc' is not a whole number"),
     ("inner.maybe", "1.5", "'1.5' is not a whole number"),
     ("inner.maybe", "[1]", "'[1]' where a single value"),
+    ("inner.maybe", str(2**63), "9223372036854775808 is too large for 64 bits"),
+    ("inner.size", f"'{10**400}'", f"{str(10**400)[:30]} is too large for 64 bits (401 digits)"),
+    ("inner.rate", str(10**400), f"{str(10**400)[:30]} is too large for 64 bits (401 digits)"),
     ("inner.rate", "fast", "'fast' is not a number"),
     ("inner.rate", "true", "'True' is not a number"),
     ("inner.rate", "null", "null, but a value of type float"),
@@ -437,15 +440,16 @@ TRICKY += [
 TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)).filter(
     lambda text: text != "???"
 )
+WHOLE_NUMBERS = st.integers(-(2**63), 2**63 - 1)
 OUTER = st.builds(
     Outer,
     inner=st.builds(
         Inner,
-        size=st.integers(-(2**63), 2**63),
+        size=WHOLE_NUMBERS,
         rate=st.floats(allow_nan=False),
         flag=st.booleans(),
         label=TEXTS,
-        maybe=st.none() | st.integers(),
+        maybe=st.none() | WHOLE_NUMBERS,
         perhaps=st.none() | TEXTS,
         names=st.lists(TEXTS, max_size=3),
         weights=st.dictionaries(TEXTS, st.floats(allow_nan=False), max_size=3),
@@ -454,7 +458,7 @@ OUTER = st.builds(
             TEXTS, st.none() | st.booleans() | st.integers() | TEXTS | st.lists(TEXTS, max_size=2), max_size=3
         ),
     ),
-    steps=st.integers(),
+    steps=WHOLE_NUMBERS,
     name=TEXTS,
 )
 
