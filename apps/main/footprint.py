@@ -1,0 +1,417 @@
+"""What a rank of a layout holds and sends, by arithmetic: nothing is allocated, no other rank is needed.
+
+`python -m apps.bench.layout` measures the same on ranks that there are, and tests compare the two. The figures are
+those of the first rank, which holds most where something does not divide evenly.
+
+Letters: N tokens of a batch on this rank, n those of its part of the sequence (tensor parallelism splits it), C dim,
+W query width, G key-value width, F hidden size, V value dim (vocabulary at the model's end), R slots read for a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from apps.main.train import TrainArgs, build_model
+from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
+from lingua.distributed import DTYPES, World, mesh_sizes
+from lingua.optim import split_parameters
+from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
+from lingua.product_key.memory import HashingMemory
+from lingua.transformer import FeedForward, RMSNorm, TransformerBlock
+
+# Of parameters' type: fp32, but for value tables where computing is in bf16.
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of collective over one dimension of the ranks. `payload`: bytes in a step of what is gathered, reduced,
+    scattered or exchanged, as the whole group sees it for one rank. `at_most`: it depends on the data.
+    """
+
+    collective: str
+    dimension: str
+    ranks: int
+    payload: float
+    at_most: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends in a step, where the group is a ring."""
+        return self.payload * (self.ranks - 1) / self.ranks * (2 if self.collective == "all-reduce" else 1)
+
+
+@dataclass
+class Footprint:
+    """Bytes that a rank holds, by kind, and what it sends. FLOPs are the model's (speed/FLOPS), per token."""
+
+    dense: int
+    memory: int
+    parameters: int
+    gradients: int
+    moments: int
+    copies: int
+    activations: int
+    working: int
+    flops_per_token: int
+    tokens_per_step: float
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        held = self.parameters + self.gradients + self.moments
+        return held + self.copies + self.activations + self.working
+
+
+def footprint(args: TrainArgs, world: World, model: LMTransformer | None = None) -> Footprint:
+    """Of validated `args` on `world.size` ranks. `model`: as `build_model` makes it, where there is one already.
+
+    Where `world.device` is a GPU, what its fused kernels keep is counted; else what operators on a CPU do.
+    """
+    return _Layout(args, world, model if model is not None else build_model(args)).footprint()
+
+
+class _Layout:
+    def __init__(self, args: TrainArgs, world: World, model: LMTransformer):
+        self.args, self.model = args, model
+        self.replicate, self.shard, self.tp = mesh_sizes(args.distributed, world)
+        self.group = args.distributed.memory_parallel_size
+        self.data_ranks = self.replicate * self.shard
+        self.by_rows = splits_tables_by_rows(args.distributed, world)
+        self.is_full = args.distributed.fsdp_type == "full_shard"
+        self.n_ranks = world.size
+        self.fused_norms = world.device.type == "cuda"
+        self.bytes = DTYPES[args.distributed.model_dtype].itemsize
+        self.is_sparse = args.optim.value_update == "sparse"
+        # Ranks that a table's columns are split over.
+        self.split = self.tp if self.tp > 1 else self.group
+        self.N = args.data.batch_size * args.data.seq_len
+        self.n = self.N // self.tp
+        self.memories = list(model.memories().values())
+        self.tables = split_parameters(model)["values"]
+        self.of_tables = set(self.tables)
+        self.norms = {module.weight for module in model.modules() if isinstance(module, RMSNorm)}
+        self.by_columns, self.by_inputs = set(), set()
+        if self.tp > 1:
+            self._split_by_tensor_parallelism()
+
+    def _split_by_tensor_parallelism(self) -> None:
+        self.by_columns = {self.model.tok_embeddings.weight}
+        if isinstance(self.model.output, nn.Linear):
+            self.by_columns.add(self.model.output.weight)
+        for block in self.model.layers:
+            attention, feed_forward = block.attention, block.feed_forward
+            self.by_columns |= {attention.wq.weight, attention.wk.weight, attention.wv.weight}
+            self.by_inputs.add(attention.wo.weight)
+            if isinstance(feed_forward, FeedForward):
+                self.by_columns |= {feed_forward.w1.weight, feed_forward.w3.weight}
+                self.by_inputs.add(feed_forward.w2.weight)
+
+    # --- parameters ------------------------------------------------------------------------------------------------
+
+    def whole(self, parameter: nn.Parameter) -> int:
+        """Elements of a parameter before FSDP splits it."""
+        if parameter in self.of_tables:
+            return parameter.numel() // self.split
+        return parameter.numel() // (self.tp if parameter in self.by_columns | self.by_inputs else 1)
+
+    def padded(self, parameter: nn.Parameter) -> int:
+        """The same, rounded up to what FSDP sends: all ranks' parts as large as the first one's."""
+        return self.held(parameter) * (self.shard if self.is_sharded(parameter) else 1)
+
+    def is_sharded(self, parameter: nn.Parameter) -> bool:
+        return self.shard > 1 and (self.by_rows or parameter not in self.of_tables)
+
+    def held(self, parameter: nn.Parameter) -> int:
+        """Elements of a parameter on this rank."""
+        whole = self.whole(parameter)
+        if not self.is_sharded(parameter):
+            return whole
+        rows = parameter.shape[0] // (self.tp if parameter in self.by_columns else 1)
+        return -(-rows // self.shard) * (whole // rows)
+
+    def footprint(self) -> Footprint:
+        parameters = list(self.model.parameters())
+        sizes = {p: self.held(p) * p.element_size() for p in parameters}
+        # By rows, a table's gradient is in fp32, with a number for each row.
+        gradients = sum(
+            self.rows_read() * (self.columns() * FP32 + 8) if self.is_sparse and p in self.of_tables else size
+            for p, size in sizes.items()
+        )
+        dense, memory = count_parameters(self.model)
+        return Footprint(
+            dense=dense,
+            memory=memory,
+            parameters=sum(sizes.values()),
+            gradients=gradients,
+            moments=2 * sum(sizes.values()),
+            copies=self.copies(),
+            activations=self.activations(),
+            working=self.working(),
+            flops_per_token=count_flops_per_token(self.model, self.args.data.seq_len),
+            tokens_per_step=self.args.grad_acc_steps * self.N / self.tp,
+            exchanges=self.exchanges(),
+        )
+
+    def columns(self) -> int:
+        """Of a table, on this rank."""
+        return self.memories[0].v_dim // self.split
+
+    def rows_read(self) -> int:
+        """Rows of a table that a step reads at the most, on all ranks that share its gradient."""
+        reads = sum(memory.heads * memory.knn for memory in self.memories)
+        if not self.model_shares_tables():
+            reads //= len(self.memories)
+        tokens = self.args.grad_acc_steps * self.n * (self.n_ranks if self.data_ranks > 1 else self.split)
+        return min(self.memories[0].size, tokens * reads)
+
+    def model_shares_tables(self) -> bool:
+        return any(not memory.own_tables for memory in self.memories)
+
+    # --- units of FSDP ---------------------------------------------------------------------------------------------
+
+    def units(self) -> dict[str, list[nn.Parameter]]:
+        """What FSDP gathers at once: blocks, tables where they are split by rows, both ends, and the rest."""
+        units, taken = {}, set(self.tables)
+        for number, block in enumerate(self.model.layers):
+            units[f"block {number}"] = [p for p in block.parameters() if p not in taken]
+            if self.by_rows and isinstance(block.feed_forward, HashingMemory):
+                for which, table in enumerate(block.feed_forward.own_tables):
+                    units[f"table {number} {which}"] = [table.weight]
+        if isinstance(self.model.output, nn.Linear):
+            units["embedding"] = [self.model.tok_embeddings.weight]
+            units["output"] = [self.model.output.weight]
+        taken |= {parameter for unit in units.values() for parameter in unit}
+        units["rest"] = [p for p in self.model.parameters() if p not in taken]
+        return units
+
+    def gathered_bytes(self, unit: str, parameters: list[nn.Parameter]) -> int:
+        """Of a unit when it computes: the ends and the last norm stay exact."""
+        size = FP32 if unit in ("embedding", "rest") else self.bytes
+        return size * sum(self.padded(p) for p in parameters)
+
+    def copies(self) -> int:
+        """Bytes of weights beside the parameters when a forward pass ends: what FSDP has gathered and not put away, or
+        what autocast has cast to half precision.
+        """
+        if self.data_ranks > 1:
+            kept = self.units().items()
+            if self.is_full:
+                kept = [(name, unit) for name, unit in kept if name in ("output", "rest")]
+            copies = sum(self.gathered_bytes(name, unit) for name, unit in kept)
+            tied = not isinstance(self.model.output, nn.Linear) and self.bytes < FP32
+            return copies + (self.bytes * self.whole(self.model.tok_embeddings.weight) if tied else 0)
+        if self.bytes == FP32:
+            return 0
+        exact = {*self.tables, *self.norms}
+        if isinstance(self.model.output, nn.Linear):
+            exact.add(self.model.tok_embeddings.weight)
+        return sum(self.bytes * self.whole(p) for p in self.model.parameters() if p not in exact)
+
+    # --- activations -----------------------------------------------------------------------------------------------
+
+    def recomputes(self, block: TransformerBlock) -> str:
+        """Of a block's activations: "nothing", "cheap" ones or "everything"."""
+        wanted = self.args.distributed
+        gathers = self.by_rows and isinstance(block.feed_forward, HashingMemory)
+        if wanted.checkpoint_each_layer or (wanted.selective_activation_checkpointing and gathers):
+            return "everything"
+        return "cheap" if wanted.selective_activation_checkpointing else "nothing"
+
+    def activations(self) -> int:
+        """Bytes that autograd keeps when the forward pass of a batch ends."""
+        n, N, C, b = self.n, self.N, self.model.dim, self.bytes
+        V = self.args.model.vocab_size
+        ends = n * C * FP32 + 8 * N  # the embedding's result, the tokens
+        ends += self.norm() + N * C * b + N * V * FP32 + 8 * N  # the last norm, the output's input, the loss
+        return ends + sum(self.kept_of(block, self.recomputes(block)) for block in self.model.layers)
+
+    def norm(self) -> int:
+        """One number a token; on a CPU what was divided by it, too."""
+        return self.n * FP32 + (0 if self.fused_norms else self.n * self.model.dim * FP32)
+
+    def kept_of(self, block: TransformerBlock, recomputes: str) -> int:
+        result = self.n * self.model.dim * FP32
+        if recomputes == "everything":
+            return result
+        parts = self.attention(block, recomputes == "cheap")
+        if isinstance(block.feed_forward, HashingMemory):
+            parts += self.memory(block.feed_forward, recomputes == "cheap")
+        else:
+            parts += self.feed_forward(block, recomputes == "cheap")
+        return result + parts
+
+    def inputs(self, n_linears: int, tokens: int) -> int:
+        """Of linears that read one tensor in fp32: autocast casts it for each."""
+        return tokens * self.model.dim * (self.bytes * n_linears if self.bytes < FP32 else FP32)
+
+    def results_sent(self) -> int:
+        """Under tensor parallelism, what is exchanged before and behind a pair of linears, where that is kept."""
+        return (self.N * FP32 + self.n * self.bytes) * self.model.dim if self.tp > 1 else 0
+
+    def attention(self, block: TransformerBlock, cheap_again: bool) -> int:
+        n, N, C, b, t = self.n, self.N, self.model.dim, self.bytes, self.tp
+        W, G = block.attention.wq.out_features, block.attention.wk.out_features
+        heads = N * (2 * W + 2 * G) // t * b + N * block.attention.n_heads // t * FP32  # q, k, v, result, sums
+        if cheap_again:
+            return heads + N * C * b + self.results_sent()
+        rotations = 8 * self.args.data.seq_len * block.attention.head_dim
+        return self.norm() + self.inputs(3, N) + rotations + heads + n * C * FP32
+
+    def feed_forward(self, block: TransformerBlock, cheap_again: bool) -> int:
+        N, C, b = self.N, self.model.dim, self.bytes
+        F = block.feed_forward.w1.out_features // self.tp
+        if cheap_again:
+            return N * (2 * F + C) * b + self.results_sent()
+        return self.norm() + self.inputs(2, N) + 4 * N * F * b
+
+    def memory(self, memory: HashingMemory, cheap_again: bool) -> int:
+        n, C, b, m = self.n, self.model.dim, self.bytes, self.split
+        R, V = memory.heads * memory.knn, memory.v_dim
+        has_swilu, has_projection = memory.swilu_projection is not None, memory.value_proj is not None
+        is_gated, is_peer = memory.gating is not None, memory.peer_variant
+        table = self.tables[0].element_size()
+        query = n * memory.heads * memory.k_dim * b
+        # What the group has gathered: slots and weights of all its tokens.
+        slots, weights = (m * n * R * self.slot_bytes(), m * n * R * table) if m > 1 else (0, 0)
+        if cheap_again:
+            kept = query + n * R * (FP32 + 8) + n * V * table + slots + weights
+            kept += n * V * table if m > 1 else 0
+            kept += (n * V * b if has_swilu else 0) + (n * C * b if has_projection else 0) + (n * b if is_gated else 0)
+            if is_peer:
+                kept += m * n * R * FP32 + (slots + n * C * FP32 + n * R * FP32 if m > 1 else 0)
+            return kept
+        n_linears = 1 + has_swilu + is_gated
+        kept = self.norm() + self.inputs(n_linears, n) + query + n * R * (8 + FP32) + slots + weights
+        if m == 1 and (b < FP32 or is_peer):
+            kept += n * R * table  # the weights in the table's type, or times the hidden units
+        if is_peer:
+            kept += 2 * n * R * FP32 + slots  # the hidden units before and behind gelu
+            kept += n * C * FP32 if b < FP32 or m > 1 else 0
+        if has_swilu:
+            kept += n * V * FP32 + 2 * n * V * b
+        if has_projection:
+            kept += n * V * b
+        if is_gated:
+            kept += n * C * (b if has_projection else FP32) + n * b
+        return kept
+
+    def slot_bytes(self) -> int:
+        """Of a slot's number when it is sent."""
+        return 4 if self.memories[0].size <= 2**31 else 8
+
+    def working(self) -> int:
+        """Bytes of what comes and goes within a step, at the worst moment; an estimate."""
+        N, b = self.N, self.bytes
+        loss = N * self.args.model.vocab_size * (FP32 + b)  # logits and their gradient, once in each type
+        again = max(
+            self.kept_of(block, "nothing") - self.kept_of(block, self.recomputes(block)) for block in self.model.layers
+        )
+        if self.data_ranks > 1:
+            units = self.units()
+            largest = max(self.gathered_bytes(name, unit) for name, unit in units.items())
+            reduced = max(FP32 * sum(self.padded(p) for p in unit) for unit in units.values())
+            # The gathered weights of this unit and the next one, the gradient, and the same in fp32 on its way.
+            again += (2 * largest if self.is_full else 0) + largest + reduced
+        tables = 0
+        if self.tables and not self.is_sparse and not self.by_rows:
+            size = self.whole(self.tables[0]) * self.tables[0].element_size()
+            is_added_to = self.args.grad_acc_steps > 1 or self.model_shares_tables()
+            tables = max(size if is_added_to else 0, FP32 * min(self.whole(self.tables[0]), REDUCED_AT_ONCE))
+        return max(loss, again + tables)
+
+    # --- what is sent ----------------------------------------------------------------------------------------------
+
+    def exchanges(self) -> list[Exchange]:
+        found: dict[tuple[str, str, int, bool], float] = {}
+
+        def add(collective: str, dimension: str, ranks: int, payload: float, at_most: bool = False) -> None:
+            if ranks > 1 and payload:
+                key = (collective, dimension, ranks, at_most)
+                found[key] = found.get(key, 0) + payload
+
+        if self.data_ranks > 1:
+            self.add_fsdp(add)
+        if self.tp > 1:
+            self.add_tensor_parallelism(add)
+        if self.split > 1:
+            for memory in self.memories:
+                self.add_lookup(add, memory)
+        if self.tables and not self.by_rows:
+            self.add_table_gradients(add)
+        return [
+            Exchange(collective, dimension, ranks, payload, at_most)
+            for (collective, dimension, ranks, at_most), payload in found.items()
+        ]
+
+    def add_fsdp(self, add) -> None:
+        batches = self.args.grad_acc_steps
+        readers = len(self.memories) if self.model_shares_tables() else 1
+        for name, unit in self.units().items():
+            is_table = name.startswith("table")
+            gathered, elements = self.gathered_bytes(name, unit), sum(self.padded(p) for p in unit)
+            passes = 1 if name in ("output", "rest") or not self.is_full else 2
+            if is_table:
+                passes *= readers
+                if self.args.distributed.checkpoint_each_layer or (
+                    self.args.distributed.selective_activation_checkpointing
+                ):
+                    passes += readers
+            add("all-gather", "dp_shard", self.shard, batches * passes * gathered)
+            add("reduce-scatter", "dp_shard", self.shard, batches * FP32 * elements)
+            add("all-reduce", "dp_replicate", self.replicate, FP32 * elements // self.shard)
+
+    def add_tensor_parallelism(self, add) -> None:
+        N, C, b, batches = self.N, self.model.dim, self.bytes, self.args.grad_acc_steps
+        V = self.args.model.vocab_size
+
+        def both_ways(gathered: float, scattered: float) -> None:
+            add("all-gather", "tp", self.tp, batches * gathered)
+            add("reduce-scatter", "tp", self.tp, batches * scattered)
+
+        both_ways(N * C * FP32, N * C * FP32)  # the embedding's result, and its gradient
+        both_ways(N * C * FP32 + N * V * b, N * C * FP32)  # the output's input, its gradient, the logits
+        for block in self.model.layers:
+            pairs = 1 if isinstance(block.feed_forward, HashingMemory) else 2
+            again = self.recomputes(block) == "everything"
+            for _ in range(pairs):
+                both_ways(N * C * (FP32 + b), N * C * (FP32 + b))
+                if again:
+                    both_ways(N * C * FP32, N * C * b)
+        seen_in_part = sum(
+            self.held(p) for memory in self.memories for p in memory.parameters() if p not in self.of_tables
+        )
+        add("all-reduce", "tp", self.tp, FP32 * (seen_in_part + sum(norm.numel() for norm in self.norms)))
+
+    def add_lookup(self, add, memory: HashingMemory) -> None:
+        dimension = "tp" if self.tp > 1 else "memory_parallel"
+        n, m, batches = self.n, self.split, self.args.grad_acc_steps
+        R, V, table = memory.heads * memory.knn, memory.v_dim, self.tables[0].element_size()
+        block = next(block for block in self.model.layers if block.feed_forward is memory)
+        forwards = 2 if self.recomputes(block) == "everything" else 1
+        slots, weights, rows = m * n * R * self.slot_bytes(), m * n * R * table, n * V * table
+        add("all-gather", dimension, m, batches * forwards * (slots + weights))
+        add("all-to-all", dimension, m, batches * (forwards + 1) * rows)
+        add("reduce-scatter", dimension, m, batches * weights)
+        if memory.peer_variant:
+            hidden, x = m * n * R * FP32, n * memory.input_dim * FP32
+            add("all-to-all", dimension, m, batches * (forwards + 1) * x)
+            add("all-gather", dimension, m, batches * (forwards * slots + hidden))
+            add("reduce-scatter", dimension, m, batches * forwards * hidden)
+
+    def add_table_gradients(self, add) -> None:
+        ranks, dimension = self.data_ranks, "dp_replicate"
+        if self.group > 1:
+            ranks, dimension = self.n_ranks // self.group, "memory_replicate"
+        elif self.is_full:
+            dimension = "data"
+        for table in self.tables:
+            if self.is_sparse:
+                # The rows that any rank has read, and each rank's slots as int64.
+                add("all-reduce", dimension, ranks, self.rows_read() * self.columns() * FP32, True)
+                mine = min(self.rows_read(), self.rows_read() // ranks + 1)
+                add("all-gather", dimension, ranks, 8 * ranks * mine, True)
+            else:
+                add("all-reduce", dimension, ranks, self.whole(table) * FP32)
