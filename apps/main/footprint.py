@@ -350,15 +350,10 @@ class _Layout:
         batches = self.args.grad_acc_steps
         readers = len(self.memories) if self.model_shares_tables() else 1
         for name, unit in self.units().items():
-            is_table = name.startswith("table")
             gathered, elements = self.gathered_bytes(name, unit), sum(self.padded(p) for p in unit)
             passes = 1 if name in ("output", "rest") or not self.is_full else 2
-            if is_table:
+            if name.startswith("table"):
                 passes *= readers
-                if self.args.distributed.checkpoint_each_layer or (
-                    self.args.distributed.selective_activation_checkpointing
-                ):
-                    passes += readers
             add("all-gather", "dp_shard", self.shard, batches * passes * gathered)
             add("reduce-scatter", "dp_shard", self.shard, batches * FP32 * elements)
             add("all-reduce", "dp_replicate", self.replicate, FP32 * elements // self.shard)
@@ -375,15 +370,13 @@ class _Layout:
         both_ways(N * C * FP32 + N * V * b, N * C * FP32)  # the output's input, its gradient, the logits
         for block in self.model.layers:
             pairs = 1 if isinstance(block.feed_forward, HashingMemory) else 2
-            again = self.recomputes(block) == "everything"
-            for _ in range(pairs):
-                both_ways(N * C * (FP32 + b), N * C * (FP32 + b))
-                if again:
-                    both_ways(N * C * FP32, N * C * b)
+            both_ways(pairs * N * C * (FP32 + b), pairs * N * C * (FP32 + b))
+            if self.recomputes(block) == "everything":  # up to what the last product reads
+                both_ways(pairs * N * C * FP32, N * C * b)
         seen_in_part = sum(
             self.held(p) for memory in self.memories for p in memory.parameters() if p not in self.of_tables
         )
-        add("all-reduce", "tp", self.tp, FP32 * (seen_in_part + sum(norm.numel() for norm in self.norms)))
+        add("all-reduce", "tp", self.tp, FP32 * (seen_in_part + sum(self.held(norm) for norm in self.norms)))
 
     def add_lookup(self, add, memory: HashingMemory) -> None:
         dimension = "tp" if self.tp > 1 else "memory_parallel"
@@ -391,9 +384,11 @@ class _Layout:
         R, V, table = memory.heads * memory.knn, memory.v_dim, self.tables[0].element_size()
         block = next(block for block in self.model.layers if block.feed_forward is memory)
         forwards = 2 if self.recomputes(block) == "everything" else 1
+        # What is computed again ends before the rows come, where nothing reads them for a gradient.
+        is_read = any(part is not None for part in (memory.swilu_projection, memory.value_proj, memory.gating))
         slots, weights, rows = m * n * R * self.slot_bytes(), m * n * R * table, n * V * table
         add("all-gather", dimension, m, batches * forwards * (slots + weights))
-        add("all-to-all", dimension, m, batches * (forwards + 1) * rows)
+        add("all-to-all", dimension, m, batches * ((forwards if is_read else 1) + 1) * rows)
         add("reduce-scatter", dimension, m, batches * weights)
         if memory.peer_variant:
             hidden, x = m * n * R * FP32, n * memory.input_dim * FP32

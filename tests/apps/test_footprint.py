@@ -63,7 +63,8 @@ CASES = {
             distributed={**FP32, "tp_size": 2, "selective_activation_checkpointing": True},
         ),
         "tensor parallel, checkpointed": config(
-            {"mem_v_dim": 24}, distributed={**FP32, "tp_size": 2, "checkpoint_each_layer": True}
+            {"swilu_projection": False, "peer_variant": True},
+            distributed={**FP32, "tp_size": 2, "checkpoint_each_layer": True},
         ),
         "memory parallel": config(distributed={**BF16, "memory_parallel_size": 2}, grad_acc_steps=2),
         "memory parallel PEER, full_shard": config(
@@ -79,7 +80,7 @@ CASES = {
         "memory parallel in pairs, HSDP": config(
             distributed={**BF16, **FULL, "dp_shard": 2, "memory_parallel_size": 2}
         ),
-        "tensor parallel, full_shard": config(distributed={**BF16, **FULL, "tp_size": 2}),
+        "tensor parallel, full_shard": config(distributed={**BF16, **FULL, "tp_size": 2}, grad_acc_steps=2),
         "tensor parallel in pairs": config(distributed={**FP32, "tp_size": 2}),
     },
 }
