@@ -291,7 +291,7 @@ class _Layout:
             kept += 2 * n * R * FP32 + slots  # the hidden units before and behind gelu
             kept += n * C * FP32 if b < FP32 or m > 1 else 0
         if has_swilu:
-            kept += n * V * FP32 + 2 * n * V * b
+            kept += n * V * (FP32 + b)
         if has_projection:
             kept += n * V * b
         if is_gated:
@@ -315,12 +315,19 @@ class _Layout:
             reduced = max(FP32 * sum(self.padded(p) for p in unit) for unit in units.values())
             # The gathered weights of this unit and the next one, the gradient, and the same in fp32 on its way.
             again += (2 * largest if self.is_full else 0) + largest + reduced
-        tables = 0
-        if self.tables and not self.is_sparse and not self.by_rows:
-            size = self.whole(self.tables[0]) * self.tables[0].element_size()
-            is_added_to = self.args.grad_acc_steps > 1 or self.model_shares_tables()
-            tables = max(size if is_added_to else 0, FP32 * min(self.whole(self.tables[0]), REDUCED_AT_ONCE))
-        return max(loss, again + tables)
+        return max(loss, again + self.noted())
+
+    def noted(self) -> int:
+        """Bytes of what lookups note of the tables' gradients until a step's last batch, and of the sum over ranks."""
+        if not self.tables or self.by_rows:
+            return 0
+        table = self.tables[0].element_size()
+        size = self.whole(self.tables[0])
+        n_lookups = sum(len(memory.tables) for memory in self.memories) * self.args.grad_acc_steps
+        reads = self.memories[0].heads * self.memories[0].knn
+        note = self.split * self.n * (reads * (4 + table) + self.columns() * table)
+        notes = min(n_lookups * note, len(self.tables) * size * table)
+        return notes + FP32 * min(size, REDUCED_AT_ONCE)
 
     # --- what is sent ----------------------------------------------------------------------------------------------
 

@@ -194,15 +194,20 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
         args.model.vocab_size = n_words
     if args.model.vocab_size < n_words:
         raise ValueError(f"model.vocab_size: {args.model.vocab_size} is less than the tokenizer's {n_words} words")
-    args.model.max_seqlen = args.data.seq_len
-    validate_model_args(args.model)
-    validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
-    validate_value_update(args, world)
+    validate_model_and_layout(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
     if args.checkpoint.init_ckpt_path is not None and not Path(args.checkpoint.init_ckpt_path).exists():
         raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
     validate_evaluation(args)
+
+
+def validate_model_and_layout(args: TrainArgs, world: World) -> None:
+    """What needs neither data nor a tokenizer, of a config whose `distributed` and `model.vocab_size` are checked."""
+    args.model.max_seqlen = args.data.seq_len
+    validate_model_args(args.model)
+    validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
+    validate_value_update(args, world)
 
 
 def validate_value_update(args: TrainArgs, world: World) -> None:
