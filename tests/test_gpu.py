@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from apps.bench.layout import compare, measure
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
+from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer, LMTransformerArgs
+from lingua.args import from_dict
 from lingua.distributed import DistributedArgs, World
 from lingua.guards import Guard, GuardArgs, seed_of_backward
 from lingua.memory_use import MemoryUse
@@ -560,3 +563,26 @@ def test_profiler_sees_kernels_and_allocations(tmp_path, caplog):
     assert any(line.split()[3:4] == ["2"] for line in kernels.splitlines())
     assert "MFU" in tables
     assert "pytorch.org/memory_viz" in caplog.text
+
+
+@pytest.mark.parametrize("recomputed", [None, "checkpoint_each_layer", "selective_activation_checkpointing"])
+@pytest.mark.parametrize("peer", [False, True])
+def test_footprint_is_what_arithmetic_says(peer, recomputed):
+    memory = {
+        "is_enabled": True,
+        "layers": "1",
+        "mem_n_keys": 128,
+        "mem_knn": 16,
+        "mem_k_dim": 64,
+        "peer_variant": peer,
+    }
+    values = {
+        "data": {"batch_size": 2, "seq_len": 256},
+        "model": {
+            "dim": 256, "n_layers": 3, "n_heads": 4, "vocab_size": 512, "max_seqlen": 256, "productkey_args": memory
+        },
+        "distributed": {recomputed: True} if recomputed else {},
+    }  # fmt: skip
+    lines = compare(*measure(from_dict(TrainArgs, values, "test"), World(device=torch.device("cuda"))))
+    for line in lines:
+        assert abs(line["ratio"] - 1) <= 0.1, line

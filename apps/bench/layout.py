@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apps.bench.report import report
-from apps.main.footprint import Footprint, footprint
+from apps.main.footprint import Footprint, ModelParts, footprint
 from apps.main.train import TrainArgs, build_model
 from lingua.args import parse_args
 from lingua.distributed import (
@@ -126,7 +126,7 @@ class Measured:
 def measure(args: TrainArgs, world: World) -> tuple[Measured, Footprint]:
     """A step of `args` on these ranks, and what arithmetic says of it."""
     model = build_model(args)
-    expected = footprint(args, world, model)
+    expected = footprint(args, world, ModelParts(model, args.data.seq_len))
     reducer = parallelize(model, args.distributed, world)
     model.to_empty(device=world.device)
     model.init_weights()

@@ -19,7 +19,7 @@ from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.optim import split_parameters
 from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
 from lingua.product_key.memory import HashingMemory
-from lingua.transformer import FeedForward, RMSNorm, TransformerBlock
+from lingua.transformer import FeedForward, TransformerBlock
 
 # Of parameters' type: fp32, but for value tables where computing is in bf16.
 FP32 = 4
@@ -27,13 +27,16 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Exchange:
-    """One kind of collective over one dimension of the ranks. `payload`: bytes in a step of what is gathered, reduced,
-    scattered or exchanged, as the whole group sees it for one rank. `at_most`: it depends on the data.
+    """One kind of collective over one dimension of the ranks.
+
+    `payload`: bytes in a step of what a group gathers, reduces, scatters or exchanges; `span`: how many neighbouring
+    ranks a group lies in; `at_most`: it depends on the data.
     """
 
     collective: str
     dimension: str
     ranks: int
+    span: int
     payload: float
     at_most: bool = False
 
@@ -65,17 +68,41 @@ class Footprint:
         return held + self.copies + self.activations + self.working
 
 
-def footprint(args: TrainArgs, world: World, model: LMTransformer | None = None) -> Footprint:
-    """Of validated `args` on `world.size` ranks. `model`: as `build_model` makes it, where there is one already.
+def footprint(args: TrainArgs, world: World, parts: ModelParts | None = None) -> Footprint:
+    """Of validated `args` on `world.size` ranks. `parts`: of the model that `build_model` makes, where there is one.
 
     Where `world.device` is a GPU, what its fused kernels keep is counted; else what operators on a CPU do.
     """
-    return _Layout(args, world, model if model is not None else build_model(args)).footprint()
+    parts = parts if parts is not None else ModelParts(build_model(args), args.data.seq_len)
+    return _Layout(args, world, parts).footprint()
+
+
+class ModelParts:
+    """What arithmetic needs of a model, whatever its layout. Blocks that are alike stand there once, with a number."""
+
+    def __init__(self, model: LMTransformer, seq_len: int):
+        self.model = model
+        self.dense, self.memory = count_parameters(model)
+        self.flops_per_token = count_flops_per_token(model, seq_len)
+        self.memories = list(model.memories().values())
+        self.tables = split_parameters(model)["values"]
+        self.shares_tables = any(not memory.own_tables for memory in self.memories)
+        alike: dict[tuple[type, bool], list[TransformerBlock]] = {}
+        for block in model.layers:
+            owns = isinstance(block.feed_forward, HashingMemory) and bool(block.feed_forward.own_tables)
+            alike.setdefault((type(block.feed_forward), owns), []).append(block)
+        of_tables = set(self.tables)
+        self.blocks = [
+            (blocks[0], len(blocks), [p for p in blocks[0].parameters() if p not in of_tables])
+            for blocks in alike.values()
+        ]
+        self.is_tied = not isinstance(model.output, nn.Linear)
+        self.ends = [model.tok_embeddings.weight, model.norm.weight, *([] if self.is_tied else [model.output.weight])]
 
 
 class _Layout:
-    def __init__(self, args: TrainArgs, world: World, model: LMTransformer):
-        self.args, self.model = args, model
+    def __init__(self, args: TrainArgs, world: World, parts: ModelParts):
+        self.args, self.parts, self.model = args, parts, parts.model
         self.replicate, self.shard, self.tp = mesh_sizes(args.distributed, world)
         self.group = args.distributed.memory_parallel_size
         self.data_ranks = self.replicate * self.shard
@@ -89,19 +116,17 @@ class _Layout:
         self.split = self.tp if self.tp > 1 else self.group
         self.N = args.data.batch_size * args.data.seq_len
         self.n = self.N // self.tp
-        self.memories = list(model.memories().values())
-        self.tables = split_parameters(model)["values"]
+        self.memories, self.tables = parts.memories, parts.tables
         self.of_tables = set(self.tables)
-        self.norms = {module.weight for module in model.modules() if isinstance(module, RMSNorm)}
         self.by_columns, self.by_inputs = set(), set()
         if self.tp > 1:
             self._split_by_tensor_parallelism()
 
     def _split_by_tensor_parallelism(self) -> None:
         self.by_columns = {self.model.tok_embeddings.weight}
-        if isinstance(self.model.output, nn.Linear):
+        if not self.parts.is_tied:
             self.by_columns.add(self.model.output.weight)
-        for block in self.model.layers:
+        for block, _, _ in self.parts.blocks:
             attention, feed_forward = block.attention, block.feed_forward
             self.by_columns |= {attention.wq.weight, attention.wk.weight, attention.wv.weight}
             self.by_inputs.add(attention.wo.weight)
@@ -132,25 +157,30 @@ class _Layout:
         rows = parameter.shape[0] // (self.tp if parameter in self.by_columns else 1)
         return -(-rows // self.shard) * (whole // rows)
 
+    def numbered(self) -> list[tuple[nn.Parameter, int]]:
+        """All parameters, those that are alike once, with their number."""
+        of_blocks = [(p, number) for _, number, parameters in self.parts.blocks for p in parameters]
+        of_tables = [(self.tables[0], len(self.tables))] if self.tables else []
+        return [*of_blocks, *of_tables, *((p, 1) for p in self.parts.ends)]
+
     def footprint(self) -> Footprint:
-        parameters = list(self.model.parameters())
-        sizes = {p: self.held(p) * p.element_size() for p in parameters}
-        # By rows, a table's gradient is in fp32, with a number for each row.
-        gradients = sum(
-            self.rows_read() * (self.columns() * FP32 + 8) if self.is_sparse and p in self.of_tables else size
-            for p, size in sizes.items()
-        )
-        dense, memory = count_parameters(self.model)
+        sizes = [(p, number, self.held(p) * p.element_size()) for p, number in self.numbered()]
+        parameters = sum(number * size for _, number, size in sizes)
+        gradients = parameters
+        if self.is_sparse and self.tables:
+            # By rows: in fp32, with a number for each row.
+            table = self.held(self.tables[0]) * self.tables[0].element_size()
+            gradients += len(self.tables) * (self.rows_read(self.n_ranks) * (self.columns() * FP32 + 8) - table)
         return Footprint(
-            dense=dense,
-            memory=memory,
-            parameters=sum(sizes.values()),
+            dense=self.parts.dense,
+            memory=self.parts.memory,
+            parameters=parameters,
             gradients=gradients,
-            moments=2 * sum(sizes.values()),
+            moments=2 * parameters,
             copies=self.copies(),
             activations=self.activations(),
             working=self.working(),
-            flops_per_token=count_flops_per_token(self.model, self.args.data.seq_len),
+            flops_per_token=self.parts.flops_per_token,
             tokens_per_step=self.args.grad_acc_steps * self.N / self.tp,
             exchanges=self.exchanges(),
         )
@@ -159,33 +189,22 @@ class _Layout:
         """Of a table, on this rank."""
         return self.memories[0].v_dim // self.split
 
-    def rows_read(self) -> int:
-        """Rows of a table that a step reads at the most, on all ranks that share its gradient."""
-        reads = sum(memory.heads * memory.knn for memory in self.memories)
-        if not self.model_shares_tables():
-            reads //= len(self.memories)
-        tokens = self.args.grad_acc_steps * self.n * (self.n_ranks if self.data_ranks > 1 else self.split)
-        return min(self.memories[0].size, tokens * reads)
-
-    def model_shares_tables(self) -> bool:
-        return any(not memory.own_tables for memory in self.memories)
+    def rows_read(self, ranks: int) -> int:
+        """Rows of a table that so many ranks read in a step at the most."""
+        reads = self.memories[0].heads * self.memories[0].knn * (len(self.memories) if self.parts.shares_tables else 1)
+        return min(self.memories[0].size, self.args.grad_acc_steps * self.n * ranks * reads)
 
     # --- units of FSDP ---------------------------------------------------------------------------------------------
 
-    def units(self) -> dict[str, list[nn.Parameter]]:
-        """What FSDP gathers at once: blocks, tables where they are split by rows, both ends, and the rest."""
-        units, taken = {}, set(self.tables)
-        for number, block in enumerate(self.model.layers):
-            units[f"block {number}"] = [p for p in block.parameters() if p not in taken]
-            if self.by_rows and isinstance(block.feed_forward, HashingMemory):
-                for which, table in enumerate(block.feed_forward.own_tables):
-                    units[f"table {number} {which}"] = [table.weight]
-        if isinstance(self.model.output, nn.Linear):
-            units["embedding"] = [self.model.tok_embeddings.weight]
-            units["output"] = [self.model.output.weight]
-        taken |= {parameter for unit in units.values() for parameter in unit}
-        units["rest"] = [p for p in self.model.parameters() if p not in taken]
-        return units
+    def units(self) -> list[tuple[str, int, list[nn.Parameter]]]:
+        """What FSDP gathers at once, and how many such there are: blocks, tables that are split by rows, the ends."""
+        units = [("block", number, parameters) for _, number, parameters in self.parts.blocks]
+        if self.by_rows and self.tables:
+            units.append(("table", len(self.tables), [self.tables[0]]))
+        embedding, norm, *output = self.parts.ends
+        if output:
+            return [*units, ("embedding", 1, [embedding]), ("output", 1, output), ("rest", 1, [norm])]
+        return [*units, ("rest", 1, [embedding, norm])]
 
     def gathered_bytes(self, unit: str, parameters: list[nn.Parameter]) -> int:
         """Of a unit when it computes: the ends and the last norm stay exact."""
@@ -196,19 +215,22 @@ class _Layout:
         """Bytes of weights beside the parameters when a forward pass ends: what FSDP has gathered and not put away, or
         what autocast has cast to half precision.
         """
+        embedding, norm, *output = self.parts.ends
         if self.data_ranks > 1:
-            kept = self.units().items()
-            if self.is_full:
-                kept = [(name, unit) for name, unit in kept if name in ("output", "rest")]
-            copies = sum(self.gathered_bytes(name, unit) for name, unit in kept)
-            tied = not isinstance(self.model.output, nn.Linear) and self.bytes < FP32
-            return copies + (self.bytes * self.whole(self.model.tok_embeddings.weight) if tied else 0)
+            copies = sum(
+                number * self.gathered_bytes(unit, parameters)
+                for unit, number, parameters in self.units()
+                if not self.is_full or unit in ("output", "rest")
+            )
+            is_cast = self.parts.is_tied and self.bytes < FP32
+            return copies + (self.bytes * self.whole(embedding) if is_cast else 0)
         if self.bytes == FP32:
             return 0
-        exact = {*self.tables, *self.norms}
-        if isinstance(self.model.output, nn.Linear):
-            exact.add(self.model.tok_embeddings.weight)
-        return sum(self.bytes * self.whole(p) for p in self.model.parameters() if p not in exact)
+        copies = sum(self.whole(p) for p in output or [embedding])
+        for block, number, parameters in self.parts.blocks:
+            exact = (block.attention_norm.weight, block.ffn_norm.weight)
+            copies += number * sum(self.whole(p) for p in parameters if not any(p is norm for norm in exact))
+        return self.bytes * copies
 
     # --- activations -----------------------------------------------------------------------------------------------
 
@@ -226,7 +248,9 @@ class _Layout:
         V = self.args.model.vocab_size
         ends = n * C * FP32 + 8 * N  # the embedding's result, the tokens
         ends += self.norm() + N * C * b + N * V * FP32 + 8 * N  # the last norm, the output's input, the loss
-        return ends + sum(self.kept_of(block, self.recomputes(block)) for block in self.model.layers)
+        return ends + sum(
+            number * self.kept_of(block, self.recomputes(block)) for block, number, _ in self.parts.blocks
+        )
 
     def norm(self) -> int:
         """One number a token; on a CPU what was divided by it, too."""
@@ -307,12 +331,13 @@ class _Layout:
         N, b = self.N, self.bytes
         loss = N * self.args.model.vocab_size * (FP32 + b)  # logits and their gradient, once in each type
         again = max(
-            self.kept_of(block, "nothing") - self.kept_of(block, self.recomputes(block)) for block in self.model.layers
+            self.kept_of(block, "nothing") - self.kept_of(block, self.recomputes(block))
+            for block, _, _ in self.parts.blocks
         )
         if self.data_ranks > 1:
             units = self.units()
-            largest = max(self.gathered_bytes(name, unit) for name, unit in units.items())
-            reduced = max(FP32 * sum(self.padded(p) for p in unit) for unit in units.values())
+            largest = max(self.gathered_bytes(unit, parameters) for unit, _, parameters in units)
+            reduced = max(FP32 * sum(self.padded(p) for p in parameters) for _, _, parameters in units)
             # The gathered weights of this unit and the next one, the gradient, and the same in fp32 on its way.
             again += (2 * largest if self.is_full else 0) + largest + reduced
         return max(loss, again + self.noted())
@@ -333,6 +358,7 @@ class _Layout:
 
     def exchanges(self) -> list[Exchange]:
         found: dict[tuple[str, str, int, bool], float] = {}
+        spans = {"tp": self.tp, "dp_shard": self.tp * self.shard, "memory_parallel": self.group}
 
         def add(collective: str, dimension: str, ranks: int, payload: float, at_most: bool = False) -> None:
             if ranks > 1 and payload:
@@ -344,23 +370,24 @@ class _Layout:
         if self.tp > 1:
             self.add_tensor_parallelism(add)
         if self.split > 1:
-            for memory in self.memories:
-                self.add_lookup(add, memory)
+            for block, number, _ in self.parts.blocks:
+                if isinstance(block.feed_forward, HashingMemory):
+                    self.add_lookups(add, block, number)
         if self.tables and not self.by_rows:
             self.add_table_gradients(add)
         return [
-            Exchange(collective, dimension, ranks, payload, at_most)
+            Exchange(collective, dimension, ranks, spans.get(dimension, self.n_ranks), payload, at_most)
             for (collective, dimension, ranks, at_most), payload in found.items()
         ]
 
     def add_fsdp(self, add) -> None:
         batches = self.args.grad_acc_steps
-        readers = len(self.memories) if self.model_shares_tables() else 1
-        for name, unit in self.units().items():
-            gathered, elements = self.gathered_bytes(name, unit), sum(self.padded(p) for p in unit)
-            passes = 1 if name in ("output", "rest") or not self.is_full else 2
-            if name.startswith("table"):
-                passes *= readers
+        readers = len(self.memories) if self.parts.shares_tables else 1
+        for unit, number, parameters in self.units():
+            gathered = number * self.gathered_bytes(unit, parameters)
+            elements = number * sum(self.padded(p) for p in parameters)
+            passes = 1 if unit in ("output", "rest") or not self.is_full else 2
+            passes *= readers if unit == "table" else 1
             add("all-gather", "dp_shard", self.shard, batches * passes * gathered)
             add("reduce-scatter", "dp_shard", self.shard, batches * FP32 * elements)
             add("all-reduce", "dp_replicate", self.replicate, FP32 * elements // self.shard)
@@ -375,21 +402,25 @@ class _Layout:
 
         both_ways(N * C * FP32, N * C * FP32)  # the embedding's result, and its gradient
         both_ways(N * C * FP32 + N * V * b, N * C * FP32)  # the output's input, its gradient, the logits
-        for block in self.model.layers:
-            pairs = 1 if isinstance(block.feed_forward, HashingMemory) else 2
+        summed = self.held(self.model.norm.weight)
+        for block, number, parameters in self.parts.blocks:
+            pairs = number if isinstance(block.feed_forward, HashingMemory) else 2 * number
             both_ways(pairs * N * C * (FP32 + b), pairs * N * C * (FP32 + b))
             if self.recomputes(block) == "everything":  # up to what the last product reads
-                both_ways(pairs * N * C * FP32, N * C * b)
-        seen_in_part = sum(
-            self.held(p) for memory in self.memories for p in memory.parameters() if p not in self.of_tables
-        )
-        add("all-reduce", "tp", self.tp, FP32 * (seen_in_part + sum(self.held(norm) for norm in self.norms)))
+                both_ways(pairs * N * C * FP32, number * N * C * b)
+            # Of norms and memories each rank has seen a part of the sequence.
+            is_memory = isinstance(block.feed_forward, HashingMemory)
+            of_attention = {*block.attention.parameters()} if is_memory else set()
+            norms = (block.attention_norm.weight, block.ffn_norm.weight)
+            in_part = [p for p in parameters if p not in of_attention] if is_memory else norms
+            summed += number * sum(self.held(p) for p in in_part)
+        add("all-reduce", "tp", self.tp, FP32 * summed)
 
-    def add_lookup(self, add, memory: HashingMemory) -> None:
+    def add_lookups(self, add, block: TransformerBlock, number: int) -> None:
+        memory = block.feed_forward
         dimension = "tp" if self.tp > 1 else "memory_parallel"
-        n, m, batches = self.n, self.split, self.args.grad_acc_steps
+        n, m, batches = self.n, self.split, self.args.grad_acc_steps * number
         R, V, table = memory.heads * memory.knn, memory.v_dim, self.tables[0].element_size()
-        block = next(block for block in self.model.layers if block.feed_forward is memory)
         forwards = 2 if self.recomputes(block) == "everything" else 1
         # What is computed again ends before the rows come, where nothing reads them for a gradient.
         is_read = any(part is not None for part in (memory.swilu_projection, memory.value_proj, memory.gating))
@@ -411,9 +442,8 @@ class _Layout:
             dimension = "data"
         for table in self.tables:
             if self.is_sparse:
-                # The rows that any rank has read, and each rank's slots as int64.
-                add("all-reduce", dimension, ranks, self.rows_read() * self.columns() * FP32, True)
-                mine = min(self.rows_read(), self.rows_read() // ranks + 1)
-                add("all-gather", dimension, ranks, 8 * ranks * mine, True)
+                # The rows that any rank has read; before, each rank's number of slots, and the slots as int64.
+                add("all-reduce", dimension, ranks, self.rows_read(self.n_ranks) * self.columns() * FP32, True)
+                add("all-gather", dimension, ranks, 8 * ranks * (1 + self.rows_read(self.split)), True)
             else:
                 add("all-reduce", dimension, ranks, self.whole(table) * FP32)

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from apps.bench.report import table
-from apps.main.footprint import Footprint, footprint
+from apps.main.footprint import Footprint, ModelParts, footprint
 from apps.main.train import TrainArgs, build_model, validate_model_and_layout
-from apps.main.transformer import LMTransformer
 from lingua.args import parse_args
 from lingua.distributed import DistributedArgs, World, mesh_sizes, run_main, validate_distributed_args
 from lingua.optim import validate_optim_args
@@ -35,6 +34,9 @@ USUAL_VOCABULARY = {"sp": 32_000, "tiktoken": 128_256}
 
 # Layouts that are shown.
 SHOWN = 8
+
+# Ranks of a node; what goes beyond takes a slower network, by so much (NVLink and InfiniBand of H100 nodes).
+NODE, SLOWER = 8, 9
 
 CHECKPOINTING = ("", "selective_activation_checkpointing", "checkpoint_each_layer")
 
@@ -99,11 +101,11 @@ def find_vocabulary(args: PlanArgs) -> tuple[int, list[str]]:
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 
-def other_layouts(args: PlanArgs, world: World, model: LMTransformer) -> list[tuple[DistributedArgs, Footprint]]:
+def other_layouts(args: PlanArgs, world: World, parts: ModelParts) -> list[tuple[DistributedArgs, Footprint]]:
     """All that training would take, of sizes that are powers of 2, or all ranks."""
     sizes = sorted({size for size in (*(2**i for i in range(12)), world.size) if world.size % size == 0})
     within_a_node = [size for size in sizes if size <= 8]
-    groups = sizes if model.memories() else [1]
+    groups = sizes if parts.memories else [1]
     splits = [(tp, 1) for tp in within_a_node] + [(1, group) for group in groups if group > 1]
     found = []
     for tp_size, group in splits:
@@ -129,14 +131,21 @@ def other_layouts(args: PlanArgs, world: World, model: LMTransformer) -> list[tu
                     validate_model_and_layout(changed, world)
                 except ValueError:
                     continue
-                found.append((layout, footprint(changed, world, model)))
+                found.append((layout, footprint(changed, world, parts)))
     return found
 
 
 def best_first(layout: DistributedArgs, of_layout: Footprint) -> tuple[Any, ...]:
-    """What costs time comes last: computing again, then what is sent."""
+    """What costs time comes last: computing again, then what is sent for a token, above all between nodes."""
     again = layout.checkpoint_each_layer * 2 + layout.selective_activation_checkpointing
-    return (again, sum(exchange.sent for exchange in of_layout.exchanges), of_layout.total)
+    within, between = sent_by_a_rank(of_layout)
+    return again, (within + SLOWER * between) / of_layout.tokens_per_step, of_layout.total
+
+
+def sent_by_a_rank(of_layout: Footprint) -> tuple[float, float]:
+    """Bytes in a step, within nodes and between them."""
+    between = sum(exchange.sent for exchange in of_layout.exchanges if exchange.span > NODE)
+    return sum(exchange.sent for exchange in of_layout.exchanges) - between, between
 
 
 def describe(layout: DistributedArgs) -> str:
@@ -185,22 +194,20 @@ def exchange_rows(found: Footprint) -> list[dict[str, Any]]:
 
 
 def layout_rows(layouts: list[tuple[DistributedArgs, Footprint]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "distributed.*": describe(layout),
-            "GiB": of_layout.total / GIB,
-            "GB sent by a rank": sum(exchange.sent for exchange in of_layout.exchanges) / GB,
-        }
-        for layout, of_layout in layouts
-    ]
+    rows = []
+    for layout, of_layout in layouts:
+        within, between = (sent / of_layout.tokens_per_step / 1e3 for sent in sent_by_a_rank(of_layout))
+        row = {"distributed.*": describe(layout), "GiB": of_layout.total / GIB}
+        rows.append({**row, f"kB a token, in nodes of {NODE}": within, "and between": between})
+    return rows
 
 
 def main() -> None:
     args = parse_args(PlanArgs)
     world, notes = validate_plan_args(args)
-    model = build_model(args)
-    found = footprint(args, world, model)
-    layouts = other_layouts(args, world, model)
+    parts = ModelParts(build_model(args), args.data.seq_len)
+    found = footprint(args, world, parts)
+    layouts = other_layouts(args, world, parts)
     fitting = [pair for pair in layouts if verdict(pair[1], args.gpu_memory) == "fits"]
     if fitting:
         chosen = sorted(fitting, key=lambda pair: best_first(*pair))[:SHOWN]
