@@ -118,6 +118,10 @@ class _Layout:
         self.n = self.N // self.tp
         self.memories, self.tables = parts.memories, parts.tables
         self.of_tables = set(self.tables)
+        # Of a table's elements where it is read.
+        self.table_bytes = min((p.element_size() for p in self.tables), default=FP32)
+        if self.by_rows:
+            self.table_bytes = min(self.table_bytes, self.bytes)
         self.by_columns, self.by_inputs = set(), set()
         if self.tp > 1:
             self._split_by_tensor_parallelism()
@@ -281,8 +285,10 @@ class _Layout:
         heads = N * (2 * W + 2 * G) // t * b + N * block.attention.n_heads // t * FP32  # q, k, v, result, sums
         if cheap_again:
             return heads + N * C * b + self.results_sent()
-        rotations = 8 * self.args.data.seq_len * block.attention.head_dim
-        return self.norm() + self.inputs(3, N) + rotations + heads + n * C * FP32
+        T = self.args.data.seq_len
+        rotations = 8 * T * block.attention.head_dim
+        mask = T * T * b if (self.model.sliding_window or T) < T else 0  # as numbers to be added to scores
+        return self.norm() + self.inputs(3, N) + rotations + mask + heads + n * C * FP32
 
     def feed_forward(self, block: TransformerBlock, cheap_again: bool) -> int:
         N, C, b = self.N, self.model.dim, self.bytes
@@ -296,7 +302,7 @@ class _Layout:
         R, V = memory.heads * memory.knn, memory.v_dim
         has_swilu, has_projection = memory.swilu_projection is not None, memory.value_proj is not None
         is_gated, is_peer = memory.gating is not None, memory.peer_variant
-        table = self.tables[0].element_size()
+        table = self.table_bytes
         query = n * memory.heads * memory.k_dim * b
         # What the group has gathered: slots and weights of all its tokens.
         slots, weights = (m * n * R * self.slot_bytes(), m * n * R * table) if m > 1 else (0, 0)
@@ -309,7 +315,7 @@ class _Layout:
             return kept
         n_linears = 1 + has_swilu + is_gated
         kept = self.norm() + self.inputs(n_linears, n) + query + n * R * (8 + FP32) + slots + weights
-        if m == 1 and (b < FP32 or is_peer):
+        if m == 1 and (table < FP32 or is_peer):
             kept += n * R * table  # the weights in the table's type, or times the hidden units
         if is_peer:
             kept += 2 * n * R * FP32 + slots  # the hidden units before and behind gelu
@@ -420,7 +426,7 @@ class _Layout:
         memory = block.feed_forward
         dimension = "tp" if self.tp > 1 else "memory_parallel"
         n, m, batches = self.n, self.split, self.args.grad_acc_steps * number
-        R, V, table = memory.heads * memory.knn, memory.v_dim, self.tables[0].element_size()
+        R, V, table = memory.heads * memory.knn, memory.v_dim, self.table_bytes
         forwards = 2 if self.recomputes(block) == "everything" else 1
         # What is computed again ends before the rows come, where nothing reads them for a gradient.
         is_read = any(part is not None for part in (memory.swilu_projection, memory.value_proj, memory.gating))

@@ -1,4 +1,4 @@
-"""The planner as a user meets it; what its figures are worth is in test_footprint.py."""
+"""The planner as a user meets it; what its figures are worth is in lingua/test_footprint.py."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a rank holds and sends, as arithmetic has it, beside what is measured on ranks that there are."""
+"""apps/main/footprint.py: what a rank holds and sends by arithmetic, beside what is measured on ranks."""
 
 from typing import Any
 
@@ -46,6 +46,12 @@ CASES = {
             {"peer_variant": True, "mem_gated": True},
             distributed={**FP32, "selective_activation_checkpointing": True},
         ),
+        "window": config(None, {"sliding_window": 7}, distributed=BF16),
+        "window, selective": config(
+            None, {"sliding_window": 7}, distributed={**FP32, "selective_activation_checkpointing": True}
+        ),
+        "fp16, PEER": config({"peer_variant": True}, distributed={"model_dtype": "fp16"}),
+        "fp16": config({"mem_gated": True}, distributed={"model_dtype": "fp16"}),
         "sparse": config(optim={"value_update": "sparse"}, distributed=FP32),
     },
     2: {
