@@ -4,7 +4,7 @@
 
 Bytes on the first rank, which holds most where something does not divide evenly: parameters, gradients and AdamW's
 moments behind a step; at the end of a forward pass all that is there beside them, which is kept for the backward pass;
-and what is sent over ranks, by collective.
+the most of it in a step; and what is sent over ranks, by collective.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class BenchArgs(TrainArgs):
 class Ledger(TorchDispatchMode):
     """Within its `with`: which memory operators' results are in, and what is sent.
 
+    `peak`: the most bytes at once, but for what an operator takes for itself.
     `sent`: (collective, ranks) -> bytes of what the group gathers, reduces, scatters or exchanges.
     """
 
@@ -67,6 +68,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._known = {local_part(tensor).untyped_storage()._cdata for tensor in known}
         self._storages: dict[int, StorageWeakRef] = {}
+        self.peak = 0
         self.sent: dict[tuple[str, int], int] = {}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -81,6 +83,7 @@ class Ledger(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known:
                     self._storages[storage._cdata] = StorageWeakRef(storage)
+        self.peak = max(self.peak, self.bytes_held())
         return result
 
     def _count(self, name: str, collective: str, args: tuple[Any, ...]) -> None:
@@ -95,9 +98,12 @@ class Ledger(TorchDispatchMode):
     def bytes_held(self) -> int:
         """Of the results that are still there."""
         held = 0
-        for reference in self._storages.values():
+        for key, reference in list(self._storages.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-            held += storage.nbytes() if storage is not None else 0
+            if storage is None:
+                del self._storages[key]
+            else:
+                held += storage.nbytes()
         return held
 
 
@@ -114,12 +120,13 @@ def _group_of(argument: Any) -> dist.ProcessGroup | None:
 
 @dataclass
 class Measured:
-    """Bytes on this rank, and FLOPs' counterpart in `sent` as in `Ledger`."""
+    """Bytes on this rank: `kept` by a forward pass, `peak` beside parameters and moments, `sent` as in `Ledger`."""
 
     parameters: int
     gradients: int
     moments: int
     kept: int
+    peak: int
     sent: dict[tuple[str, int], int]
 
 
@@ -148,7 +155,7 @@ def measure(args: TrainArgs, world: World) -> tuple[Measured, Footprint]:
     gradients += sum(part.nbytes for by_rows in row_gradients(model).values() for part in by_rows.rows())
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    return Measured(local_bytes(parameters), gradients, local_bytes(moments), kept, ledger.sent), expected
+    return Measured(local_bytes(parameters), gradients, local_bytes(moments), kept, ledger.peak, ledger.sent), expected
 
 
 def compare(measured: Measured, expected: Footprint) -> list[dict[str, object]]:
@@ -158,6 +165,7 @@ def compare(measured: Measured, expected: Footprint) -> list[dict[str, object]]:
         "gradients": (measured.gradients, expected.gradients),
         "moments": (measured.moments, expected.moments),
         "kept for backward": (measured.kept, expected.activations + expected.copies),
+        "at once in a step": (measured.peak, expected.peak),
     }
     sent: dict[tuple[str, int], float] = {}
     for exchange in expected.exchanges:

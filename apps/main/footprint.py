@@ -48,7 +48,11 @@ class Exchange:
 
 @dataclass
 class Footprint:
-    """Bytes that a rank holds, by kind, and what it sends. FLOPs are the model's (speed/FLOPS), per token."""
+    """Bytes that a rank holds, by kind, and what it sends. FLOPs are the model's (speed/FLOPS), per token.
+
+    `peak`: the most that a step takes beside parameters and moments. Gradients come as activations go, so it is less
+    than the sum of all kinds.
+    """
 
     dense: int
     memory: int
@@ -57,15 +61,14 @@ class Footprint:
     moments: int
     copies: int
     activations: int
-    working: int
+    peak: int
     flops_per_token: int
     tokens_per_step: float
     exchanges: list[Exchange] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        held = self.parameters + self.gradients + self.moments
-        return held + self.copies + self.activations + self.working
+        return self.parameters + self.moments + self.peak
 
 
 def footprint(args: TrainArgs, world: World, parts: ModelParts | None = None) -> Footprint:
@@ -175,15 +178,16 @@ class _Layout:
             # By rows: in fp32, with a number for each row.
             table = self.held(self.tables[0]) * self.tables[0].element_size()
             gradients += len(self.tables) * (self.rows_read(self.n_ranks) * (self.columns() * FP32 + 8) - table)
+        copies, activations = self.copies(), self.activations()
         return Footprint(
             dense=self.parts.dense,
             memory=self.parts.memory,
             parameters=parameters,
             gradients=gradients,
             moments=2 * parameters,
-            copies=self.copies(),
-            activations=self.activations(),
-            working=self.working(),
+            copies=copies,
+            activations=activations,
+            peak=max(self.at_the_loss(gradients, copies, activations), gradients + copies + self.backward()),
             flops_per_token=self.parts.flops_per_token,
             tokens_per_step=self.args.grad_acc_steps * self.N / self.tp,
             exchanges=self.exchanges(),
@@ -332,21 +336,38 @@ class _Layout:
         """Of a slot's number when it is sent."""
         return 4 if self.memories[0].size <= 2**31 else 8
 
-    def working(self) -> int:
-        """Bytes of what comes and goes within a step, at the worst moment; an estimate."""
-        N, b = self.N, self.bytes
-        loss = N * self.args.model.vocab_size * (FP32 + b)  # logits and their gradient, once in each type
+    def at_the_loss(self, gradients: int, copies: int, activations: int) -> int:
+        """Bytes where the forward pass turns into the backward one: all activations and the logits."""
+        logits, b = self.N * self.args.model.vocab_size, self.bytes
+        earlier = 0
+        if self.args.grad_acc_steps > 1:  # those of other batches; tables have theirs when the step ends
+            tables = sum(self.held(table) * table.element_size() for table in self.tables)
+            earlier = self.noted() if self.is_sparse else gradients - (0 if self.by_rows else tables)
+        # Logits in both types; then two gradients in fp32, when casts for blocks that run again are gone.
+        later = copies
+        if self.data_ranks == 1 and any(self.recomputes(block) != "nothing" for block, _, _ in self.parts.blocks):
+            later = min(copies, b * self.whole(self.parts.ends[0]))
+        at_the_loss = max(copies + logits * (FP32 + b), later + logits * 2 * FP32)
+        # Or in the last block's backward pass, when the loss has let go of its logits.
+        return earlier + activations + max(at_the_loss, copies + self.gathering() - logits * FP32)
+
+    def gathering(self) -> int:
+        """Bytes that FSDP takes for a block in the backward pass, beside what stays gathered; an estimate."""
+        if self.data_ranks == 1:
+            return 0
+        units = self.units()
+        largest = max(self.gathered_bytes(unit, parameters) for unit, _, parameters in units)
+        reduced = max(FP32 * sum(self.padded(p) for p in parameters) for _, _, parameters in units)
+        # The weights of this unit and the next one, the gradient, and the same in fp32 on its way.
+        return (2 * largest if self.is_full else 0) + largest + reduced
+
+    def backward(self) -> int:
+        """Bytes beside gradients and copies where the backward pass ends, the first block's; an estimate."""
         again = max(
             self.kept_of(block, "nothing") - self.kept_of(block, self.recomputes(block))
             for block, _, _ in self.parts.blocks
         )
-        if self.data_ranks > 1:
-            units = self.units()
-            largest = max(self.gathered_bytes(unit, parameters) for unit, _, parameters in units)
-            reduced = max(FP32 * sum(self.padded(p) for p in parameters) for _, _, parameters in units)
-            # The gathered weights of this unit and the next one, the gradient, and the same in fp32 on its way.
-            again += (2 * largest if self.is_full else 0) + largest + reduced
-        return max(loss, again + self.noted())
+        return again + self.gathering() + self.noted()
 
     def noted(self) -> int:
         """Bytes of what lookups note of the tables' gradients until a step's last batch, and of the sum over ranks."""
@@ -358,6 +379,8 @@ class _Layout:
         reads = self.memories[0].heads * self.memories[0].knn
         note = self.split * self.n * (reads * (4 + table) + self.columns() * table)
         notes = min(n_lookups * note, len(self.tables) * size * table)
+        if self.is_sparse:  # the notes side by side; its own rows, all ranks', and them sorted
+            return 2 * notes + 3 * FP32 * self.rows_read(self.n_ranks) * self.columns()
         return notes + FP32 * min(size, REDUCED_AT_ONCE)
 
     # --- what is sent ----------------------------------------------------------------------------------------------
@@ -408,18 +431,20 @@ class _Layout:
 
         both_ways(N * C * FP32, N * C * FP32)  # the embedding's result, and its gradient
         both_ways(N * C * FP32 + N * V * b, N * C * FP32)  # the output's input, its gradient, the logits
-        summed = self.held(self.model.norm.weight)
+        # FSDP sums the norms' gradients in each backward pass.
+        times = batches if self.data_ranks > 1 else 1
+        summed = times * self.held(self.model.norm.weight)
         for block, number, parameters in self.parts.blocks:
             pairs = number if isinstance(block.feed_forward, HashingMemory) else 2 * number
             both_ways(pairs * N * C * (FP32 + b), pairs * N * C * (FP32 + b))
             if self.recomputes(block) == "everything":  # up to what the last product reads
                 both_ways(pairs * N * C * FP32, number * N * C * b)
             # Of norms and memories each rank has seen a part of the sequence.
-            is_memory = isinstance(block.feed_forward, HashingMemory)
-            of_attention = {*block.attention.parameters()} if is_memory else set()
-            norms = (block.attention_norm.weight, block.ffn_norm.weight)
-            in_part = [p for p in parameters if p not in of_attention] if is_memory else norms
-            summed += number * sum(self.held(p) for p in in_part)
+            norms = {block.attention_norm.weight, block.ffn_norm.weight}
+            summed += number * times * sum(self.held(p) for p in norms)
+            if isinstance(block.feed_forward, HashingMemory):
+                others = norms.union(block.attention.parameters())
+                summed += number * sum(self.held(p) for p in parameters if p not in others)
         add("all-reduce", "tp", self.tp, FP32 * summed)
 
     def add_lookups(self, add, block: TransformerBlock, number: int) -> None:

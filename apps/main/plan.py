@@ -167,11 +167,11 @@ def memory_rows(args: PlanArgs, found: Footprint) -> list[dict[str, Any]]:
     tokens = f"{args.data.batch_size} x {args.data.seq_len:,} tokens"
     kinds = {
         "parameters": found.parameters,
-        "gradients": found.gradients,
         "AdamW's moments": found.moments,
+        "gradients": found.gradients,
         "weights gathered or cast": found.copies,
         f"activations, {tokens}": found.activations,
-        "coming and going (estimate)": found.working,
+        "the last three and logits, at once": found.peak,
         "all of it": found.total,
     }
     return [

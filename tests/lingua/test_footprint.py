@@ -117,17 +117,22 @@ def measured_lines(cases: list[dict[str, Any]], n_ranks: int) -> list[list[dict[
 def check(lines: list[dict[str, Any]], name: str, at_most: tuple[str, ...] = ()) -> None:
     for line in lines:
         kind, ratio = line["on a rank"], line["ratio"]
-        allowed = 0.10 if kind == "kept for backward" else 0.05
-        if kind in at_most:
-            assert 0 < ratio <= 1, (name, line)
-        else:
-            assert abs(ratio - 1) <= allowed, (name, line)
+        least, most = 0.95, 1.05
+        if kind == "kept for backward":
+            least, most = 0.90, 1.10
+        elif kind == "at once in a step":
+            # An estimate from above where the end of the backward pass is what takes most.
+            least, most = 0.5, 1.10
+        elif kind in at_most:
+            least, most = 0.01, 1.0
+        assert least <= ratio <= most, (name, line)
 
 
 @pytest.mark.parametrize("name", CASES[1])
 def test_on_one_rank(name):
     [lines] = measured_lines([CASES[1][name]], 1)
-    assert [line["on a rank"] for line in lines] == ["parameters", "gradients", "moments", "kept for backward"]
+    kinds = ["parameters", "gradients", "moments", "kept for backward", "at once in a step"]
+    assert [line["on a rank"] for line in lines] == kinds
     check(lines, name, OF_ROWS if name == "sparse" else ())
 
 
@@ -135,5 +140,5 @@ def test_on_one_rank(name):
 def test_on_ranks(n_ranks):
     first_ranks = run_ranks(n_ranks, measured_lines, list(CASES[n_ranks].values()), n_ranks)[0]
     for name, lines in zip(CASES[n_ranks], first_ranks, strict=True):
-        assert len(lines) > 4, name
+        assert len(lines) > 5, name
         check(lines, name, OF_ROWS if "sparse" in name else ())
