@@ -74,6 +74,11 @@ def validate_plan_args(args: PlanArgs) -> tuple[World, list[str]]:
     notes = []
     validate_distributed_args(args.distributed, world)
     validate_optim_args(args.optim)
+    if args.distributed.values_device is not None:
+        raise ValueError(
+            f"distributed.values_device: {args.distributed.values_device} is not in this arithmetic, which has "
+            "tables on GPUs; set null"
+        )
     if args.model.vocab_size == -1:
         args.model.vocab_size, note = find_vocabulary(args)
         notes += note

@@ -133,6 +133,7 @@ def test_what_the_user_should_know():
         (["distributed.dp_shard=512"], ["distributed.dp_shard", "512"]),
         (["distributed.tp_size=8"], ["distributed.memory_parallel_size", "tp_size=8"]),
         (["distributed.model_dtype=fp8"], ["distributed.model_dtype"]),
+        (["distributed.values_device=cpu"], ["distributed.values_device", "null"]),
         (["optim.value_update=rows"], ["optim.value_update"]),
         (
             ["optim.value_update=sparse", "distributed.fsdp_type=full_shard", "distributed.memory_parallel_size=1"],
