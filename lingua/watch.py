@@ -234,7 +234,7 @@ def name_lost_ranks() -> str:
             n_done = store.add("lost/done", 0)
         return _describe(missing, signs) if missing else "another rank"
 
-    with _silent_stderr():
+    with silent_stderr():
         try:
             return _with_limit(ask, 3 * PATIENCE_WITH_OTHER_RANKS)
         except RuntimeError:
@@ -275,7 +275,7 @@ def _with_limit(ask: Callable[[], T], seconds: float) -> T:
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """Keeps back what torch's C++ code says on stderr by itself, such as stack traces of a connection that is gone."""
     sys.stderr.flush()
     kept = os.dup(2)

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from apps.bench.layout import compare, measure
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
+from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer, LMTransformerArgs
+from lingua.args import from_dict
 from lingua.distributed import DistributedArgs, World
 from lingua.guards import Guard, GuardArgs, seed_of_backward
 from lingua.memory_use import MemoryUse
@@ -24,6 +27,7 @@ from lingua.product_key import fetched_lookup
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 from lingua.product_key.search import search
 from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
+from lingua.profiling import Profiler, ProfilingArgs, Workload
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
 
@@ -536,3 +540,49 @@ def test_growth_of_a_table(tmp_path):
     assert all(row[name] > 0 for row in (small, large) for name in ("search", "lookup", "layer", "step, sparse"))
     assert feed_forward["layer, backward too"] > 0
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_profiler_sees_kernels_and_allocations(tmp_path, caplog):
+    caplog.set_level("INFO")
+    args = ProfilingArgs(run=True, mem_warmup=1, mem_steps=1, profile_warmup=2, profile_steps=2)
+    device, size = torch.device("cuda"), 1024
+    x = torch.ones(size, size, device=device, dtype=torch.bfloat16)
+    workload = Workload(flops_per_token=2 * size**3, tokens_per_step=1, dtype=torch.bfloat16)
+    with Profiler(args, str(tmp_path), 0, 1, device, workload) as profiler:
+        for step in range(1, 6):
+            profiler.begin_step(step)
+            _ = x @ x
+            profiler.end_step()
+    folder = tmp_path / "profiling"
+    stem = "0000000003-0000000004.rank_0"
+    memory = "0000000002-0000000002.rank_0.memory.pickle"
+    assert sorted(path.name for path in folder.iterdir()) == [memory, f"{stem}.kernels.txt", f"{stem}.trace.json.gz"]
+    assert b"test_gpu.py" in (folder / memory).read_bytes()  # who allocated
+    tables = (folder / f"{stem}.kernels.txt").read_text()
+    kernels = tables.split("Kernels and copies by the GPU's time")[1]
+    assert any(line.split()[3:4] == ["2"] for line in kernels.splitlines())
+    assert "MFU" in tables
+    assert "pytorch.org/memory_viz" in caplog.text
+
+
+@pytest.mark.parametrize("recomputed", [None, "checkpoint_each_layer", "selective_activation_checkpointing"])
+@pytest.mark.parametrize("peer", [False, True])
+def test_footprint_is_what_arithmetic_says(peer, recomputed):
+    memory = {
+        "is_enabled": True,
+        "layers": "1",
+        "mem_n_keys": 128,
+        "mem_knn": 16,
+        "mem_k_dim": 64,
+        "peer_variant": peer,
+    }
+    values = {
+        "data": {"batch_size": 2, "seq_len": 256},
+        "model": {
+            "dim": 256, "n_layers": 3, "n_heads": 4, "vocab_size": 512, "max_seqlen": 256, "productkey_args": memory
+        },
+        "distributed": {recomputed: True} if recomputed else {},
+    }  # fmt: skip
+    lines = compare(*measure(from_dict(TrainArgs, values, "test"), World(device=torch.device("cuda"))))
+    for line in lines:
+        assert (0.5 if line["on a rank"] == "at once in a step" else 0.9) <= line["ratio"] <= 1.1, line

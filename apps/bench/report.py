@@ -18,14 +18,20 @@ def machine() -> str:
 
 def report(title: str, rows: list[dict[str, Any]], out: str | None) -> None:
     """Prints `rows` (same keys in each) under `title`; writes them to the file `out` where one is named."""
-    print(f"{title} ({machine()})")  # noqa: T201
-    cells = [list(rows[0]), *[[_format(value) for value in row.values()] for row in rows]]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    for line in cells:
-        first, rest = line[0].ljust(widths[0]), zip(line[1:], widths[1:], strict=True)
-        print("  ".join([first, *(cell.rjust(width) for cell, width in rest)]))  # noqa: T201
+    print(f"{title} ({machine()})\n{table(rows)}")  # noqa: T201
     if out is not None:
         Path(out).write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=2) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line of names, and one for each of `rows`."""
+    cells = [list(rows[0]), *[[_format(value) for value in row.values()] for row in rows]]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = []
+    for line in cells:
+        first, rest = line[0].ljust(widths[0]), zip(line[1:], widths[1:], strict=True)
+        lines.append("  ".join([first, *(cell.rjust(width) for cell, width in rest)]))
+    return "\n".join(lines)
 
 
 def _format(value: Any) -> str:

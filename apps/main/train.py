@@ -81,6 +81,7 @@ from lingua.distributed import (
     validate_distributed_args,
     validate_environment,
 )
+from lingua.flops import known_peak
 from lingua.guards import Guard, GuardArgs, check_weights, seed_of_backward, validate_guard_args
 from lingua.logger import add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
@@ -105,6 +106,7 @@ from lingua.optim import (
 )
 from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.probe import append_probe, drop_probes_after, probe
+from lingua.profiling import Profiler, ProfilingArgs, Workload, validate_profiling_args
 from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
 from lingua.tokenizer import build_tokenizer
 from lingua.watch import WAITING_FOR_RANKS, Watch
@@ -124,16 +126,6 @@ BATCHES_KEPT = 3
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
-
-
-@dataclass
-class ProfilingArgs:
-    run: bool = False
-    trace_folder: str = "profiling"
-    mem_warmup: int = 100
-    mem_steps: int = 2
-    profile_warmup: int = 102
-    profile_steps: int = 2
 
 
 @dataclass
@@ -182,13 +174,12 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
         ("data.root_dir", args.data.root_dir),
         ("data.tokenizer.path", args.data.tokenizer.path),
         ("checkpoint.path", args.checkpoint.path),
+        ("profiling.trace_folder", args.profiling.trace_folder),
         ("checkpoint.init_ckpt_path", args.checkpoint.init_ckpt_path),
     ):
         check_path(key, path)
     if args.probe_freq is not None and args.probe_freq < 1:
         raise ValueError(f"probe_freq: {args.probe_freq} is too small, it must be 1 or more, or null")
-    if args.profiling.run:
-        raise ValueError("profiling.run: not available yet; leave it out")
     validate_environment(args.env)
     validate_distributed_args(args.distributed, world)
     validate_data_args(args.data)
@@ -197,20 +188,26 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     validate_optim_args(args.optim)
     validate_logging_args(args.logging)
     validate_guard_args(args.guard)
+    validate_profiling_args(args.profiling, args.steps)
     n_words = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
     if args.model.vocab_size == -1:
         args.model.vocab_size = n_words
     if args.model.vocab_size < n_words:
         raise ValueError(f"model.vocab_size: {args.model.vocab_size} is less than the tokenizer's {n_words} words")
-    args.model.max_seqlen = args.data.seq_len
-    validate_model_args(args.model)
-    validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
-    validate_value_update(args, world)
+    validate_model_and_layout(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
     if args.checkpoint.init_ckpt_path is not None and not Path(args.checkpoint.init_ckpt_path).exists():
         raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
     validate_evaluation(args)
+
+
+def validate_model_and_layout(args: TrainArgs, world: World) -> None:
+    """What needs neither data nor a tokenizer, of a config whose `distributed` and `model.vocab_size` are checked."""
+    args.model.max_seqlen = args.data.seq_len
+    validate_model_args(args.model)
+    validate_parallelism(args.distributed, args.model, args.model.vocab_size, args.data.seq_len, world)
+    validate_value_update(args, world)
 
 
 def validate_value_update(args: TrainArgs, world: World) -> None:
@@ -464,6 +461,11 @@ class Run:
             check_room_for_values(self.model)
         self.guard = Guard(args.guard, self.model, world)
         self.latest_batches: deque[tuple[int, list[Batch]]] = deque(maxlen=BATCHES_KEPT)
+        dtype = DTYPES[args.distributed.model_dtype]
+        # Of one rank: those of a tensor-parallel group work on the same tokens.
+        workload = Workload(self.flops_per_token, self.tokens_per_step / args.distributed.tp_size, dtype)
+        self.profiler = Profiler(args.profiling, args.dump_dir, world.rank, world.size, world.device, workload)
+        self.peak_flops = known_peak(world.device, dtype)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if any. All ranks call it together."""
@@ -588,6 +590,8 @@ class Run:
         if args.data.on_error == "skip":
             n_skipped = reduce_sum([count_skipped(self.loader_state)])[0]
             metrics["data/skipped"] = round(n_skipped / args.distributed.tp_size)  # whose ranks read the same
+        if self.peak_flops is not None:
+            metrics["speed/mfu"] = metrics["speed/FLOPS"] / self.peak_flops
         if step.value_grad_norm is not None:
             metrics |= {"optim/value_grad_norm": step.value_grad_norm.item(), "optim/value_lr": used[1]}
         if self.metrics is not None:
@@ -800,6 +804,7 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
         stack.enter_context(open_logs(run))
     with together():
         drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size)
+    stack.enter_context(run.profiler)
     logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
     try:
         train_steps(run, batches, stop_signal)
@@ -833,10 +838,13 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         answer_bad_steps(run, told)
         if stopping:
             break
+        run.profiler.begin_step(run.step + 1)
         step = run.train_step(batches)
         if run.logs(run.step):
             with together():
                 run.log_step(step)
+        if run.profiler.end_step():
+            run.stopwatch.restart_lap()
         if run.args.probe_freq is not None and run.step % run.args.probe_freq == 0:
             run.probe(batches)
         if run.checkpoints.is_due(run.step) or run.step == steps:

@@ -141,12 +141,16 @@ def count_parameters(model: LMTransformer) -> tuple[int, int]:
 def count_flops_per_token(model: LMTransformer, seq_len: int) -> int:
     """Floating-point operations per trained token, forward and backward, as the paper on PaLM counts them (appendix B).
 
-    6 for each weight that multiplies a token, 6 * n_layers * width * seq_len for causal attention. Of a memory the
-    search takes part like any other weight; of its tables only the rows that are read.
+    6 for each weight (those of norms and biases too), but none for a look-up of an embedding; for attention 12 * width
+    for each token that a token sees, which causally is half of them on average. Of a memory the search's keys take part
+    like any other weight, of its tables only the rows that are read. What is computed again in the backward pass
+    (checkpointing) counts once.
     """
     dense, _ = count_parameters(model)
     if isinstance(model.output, nn.Linear):
         dense -= model.tok_embeddings.weight.numel()  # a look-up, no product
     width = model.layers[0].attention.wq.out_features
+    window = min(model.sliding_window or seq_len, seq_len)
+    seen = window - window**2 / (2 * seq_len)
     lookups = sum(count_lookup_flops(memory) for memory in model.memories().values())
-    return 6 * dense + 6 * len(model.layers) * width * seq_len + lookups
+    return 6 * dense + int(12 * len(model.layers) * width * seen) + lookups

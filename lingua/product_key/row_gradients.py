@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lingua.distributed import local_part
 from lingua.product_key.xformer_embeddingbag import row_sums, table_gradient
@@ -133,3 +134,9 @@ def record_rows(
 @record_rows.register_fake
 def _(ticket: torch.Tensor, indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(ticket)
+
+
+# For torch's FlopCounterMode: what the rows take that are summed up of it later.
+@register_flop_formula(torch.ops.lingua.record_rows)
+def _(ticket_shape, indices_shape, factors_shape, vectors_shape, *_: object, out_shape=None, **__: object) -> int:
+    return 2 * indices_shape.numel() * vectors_shape[1]

@@ -24,6 +24,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     import triton
@@ -129,6 +130,17 @@ def _backward(ctx, grad_NHK, _):
 
 
 _search.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+# For torch's FlopCounterMode: the scores' matrix products, and those of their gradients, however these are computed.
+@register_flop_formula(torch.ops.lingua.search)
+def _(query_shape, keys_shape, *_: object, out_shape=None, **__: object) -> int:
+    return 2 * query_shape[0] * keys_shape.numel()
+
+
+@register_flop_formula(torch.ops.lingua.search_backward)
+def _(grad_shape, slots_shape, query_shape, keys_shape, *_: object, out_shape=None, **__: object) -> int:
+    return 2 * 2 * query_shape[0] * keys_shape.numel()
 
 
 def _kernel_takes(query_NH2D: torch.Tensor, n: int, knn: int) -> bool:

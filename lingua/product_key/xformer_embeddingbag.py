@@ -23,6 +23,7 @@ from collections import deque
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 # torch says once in a process that its sparse matrices are in beta: here, where nobody hears it.
 with warnings.catch_warnings():
@@ -212,6 +213,17 @@ def _products_backward(ctx, grad_NK):
 
 bag_sums.register_autograd(_sums_backward, setup_context=_keep_for_backward)
 bag_products.register_autograd(_products_backward, setup_context=_keep_for_backward)
+
+
+# For torch's FlopCounterMode.
+@register_flop_formula([torch.ops.lingua.bag_sums, torch.ops.lingua.bag_products])
+def _(indices_shape, weight_shape, *_: object, out_shape=None, **__: object) -> int:
+    return 2 * indices_shape.numel() * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.lingua.table_gradient)
+def _(indices_shape, factors_shape, vectors_shape, *_: object, out_shape=None, **__: object) -> int:
+    return 2 * indices_shape.numel() * vectors_shape[1]
 
 
 def row_sums(

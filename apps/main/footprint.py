@@ -1,0 +1,480 @@
+"""What a rank of a layout holds and sends, by arithmetic: nothing is allocated, no other rank is needed.
+
+`python -m apps.bench.layout` measures the same on ranks that there are, and tests compare the two. The figures are
+those of the first rank, which holds most where something does not divide evenly.
+
+Letters: N tokens of a batch on this rank, n those of its part of the sequence (tensor parallelism splits it), C dim,
+W query width, G key-value width, F hidden size, V value dim (vocabulary at the model's end), R slots read for a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from apps.main.train import TrainArgs, build_model
+from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
+from lingua.distributed import DTYPES, World, mesh_sizes
+from lingua.optim import split_parameters
+from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
+from lingua.product_key.memory import HashingMemory
+from lingua.transformer import FeedForward, TransformerBlock
+
+# Of parameters' type: fp32, but for value tables where computing is in bf16.
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of collective over one dimension of the ranks.
+
+    `payload`: bytes in a step of what a group gathers, reduces, scatters or exchanges; `span`: how many neighbouring
+    ranks a group lies in; `at_most`: it depends on the data.
+    """
+
+    collective: str
+    dimension: str
+    ranks: int
+    span: int
+    payload: float
+    at_most: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends in a step, where the group is a ring."""
+        return self.payload * (self.ranks - 1) / self.ranks * (2 if self.collective == "all-reduce" else 1)
+
+
+@dataclass
+class Footprint:
+    """Bytes that a rank holds, by kind, and what it sends. FLOPs are the model's (speed/FLOPS), per token.
+
+    `peak`: the most that a step takes beside parameters and moments. Gradients come as activations go, so it is less
+    than the sum of all kinds.
+    """
+
+    dense: int
+    memory: int
+    parameters: int
+    gradients: int
+    moments: int
+    copies: int
+    activations: int
+    peak: int
+    flops_per_token: int
+    tokens_per_step: float
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.moments + self.peak
+
+
+def footprint(args: TrainArgs, world: World, parts: ModelParts | None = None) -> Footprint:
+    """Of validated `args` on `world.size` ranks. `parts`: of the model that `build_model` makes, where there is one.
+
+    Where `world.device` is a GPU, what its fused kernels keep is counted; else what operators on a CPU do.
+    """
+    parts = parts if parts is not None else ModelParts(build_model(args), args.data.seq_len)
+    return _Layout(args, world, parts).footprint()
+
+
+class ModelParts:
+    """What arithmetic needs of a model, whatever its layout. Blocks that are alike stand there once, with a number."""
+
+    def __init__(self, model: LMTransformer, seq_len: int):
+        self.model = model
+        self.dense, self.memory = count_parameters(model)
+        self.flops_per_token = count_flops_per_token(model, seq_len)
+        self.memories = list(model.memories().values())
+        self.tables = split_parameters(model)["values"]
+        self.shares_tables = any(not memory.own_tables for memory in self.memories)
+        alike: dict[tuple[type, bool], list[TransformerBlock]] = {}
+        for block in model.layers:
+            owns = isinstance(block.feed_forward, HashingMemory) and bool(block.feed_forward.own_tables)
+            alike.setdefault((type(block.feed_forward), owns), []).append(block)
+        of_tables = set(self.tables)
+        self.blocks = [
+            (blocks[0], len(blocks), [p for p in blocks[0].parameters() if p not in of_tables])
+            for blocks in alike.values()
+        ]
+        self.is_tied = not isinstance(model.output, nn.Linear)
+        self.ends = [model.tok_embeddings.weight, model.norm.weight, *([] if self.is_tied else [model.output.weight])]
+
+
+class _Layout:
+    def __init__(self, args: TrainArgs, world: World, parts: ModelParts):
+        self.args, self.parts, self.model = args, parts, parts.model
+        self.replicate, self.shard, self.tp = mesh_sizes(args.distributed, world)
+        self.group = args.distributed.memory_parallel_size
+        self.data_ranks = self.replicate * self.shard
+        self.by_rows = splits_tables_by_rows(args.distributed, world)
+        self.is_full = args.distributed.fsdp_type == "full_shard"
+        self.n_ranks = world.size
+        self.fused_norms = world.device.type == "cuda"
+        self.bytes = DTYPES[args.distributed.model_dtype].itemsize
+        self.is_sparse = args.optim.value_update == "sparse"
+        # Ranks that a table's columns are split over.
+        self.split = self.tp if self.tp > 1 else self.group
+        self.N = args.data.batch_size * args.data.seq_len
+        self.n = self.N // self.tp
+        self.memories, self.tables = parts.memories, parts.tables
+        self.of_tables = set(self.tables)
+        # Of a table's elements where it is read.
+        self.table_bytes = min((p.element_size() for p in self.tables), default=FP32)
+        if self.by_rows:
+            self.table_bytes = min(self.table_bytes, self.bytes)
+        self.by_columns, self.by_inputs = set(), set()
+        if self.tp > 1:
+            self._split_by_tensor_parallelism()
+
+    def _split_by_tensor_parallelism(self) -> None:
+        self.by_columns = {self.model.tok_embeddings.weight}
+        if not self.parts.is_tied:
+            self.by_columns.add(self.model.output.weight)
+        for block, _, _ in self.parts.blocks:
+            attention, feed_forward = block.attention, block.feed_forward
+            self.by_columns |= {attention.wq.weight, attention.wk.weight, attention.wv.weight}
+            self.by_inputs.add(attention.wo.weight)
+            if isinstance(feed_forward, FeedForward):
+                self.by_columns |= {feed_forward.w1.weight, feed_forward.w3.weight}
+                self.by_inputs.add(feed_forward.w2.weight)
+
+    # --- parameters ------------------------------------------------------------------------------------------------
+
+    def whole(self, parameter: nn.Parameter) -> int:
+        """Elements of a parameter before FSDP splits it."""
+        if parameter in self.of_tables:
+            return parameter.numel() // self.split
+        return parameter.numel() // (self.tp if parameter in self.by_columns | self.by_inputs else 1)
+
+    def padded(self, parameter: nn.Parameter) -> int:
+        """The same, rounded up to what FSDP sends: all ranks' parts as large as the first one's."""
+        return self.held(parameter) * (self.shard if self.is_sharded(parameter) else 1)
+
+    def is_sharded(self, parameter: nn.Parameter) -> bool:
+        return self.shard > 1 and (self.by_rows or parameter not in self.of_tables)
+
+    def held(self, parameter: nn.Parameter) -> int:
+        """Elements of a parameter on this rank."""
+        whole = self.whole(parameter)
+        if not self.is_sharded(parameter):
+            return whole
+        rows = parameter.shape[0] // (self.tp if parameter in self.by_columns else 1)
+        return -(-rows // self.shard) * (whole // rows)
+
+    def numbered(self) -> list[tuple[nn.Parameter, int]]:
+        """All parameters, those that are alike once, with their number."""
+        of_blocks = [(p, number) for _, number, parameters in self.parts.blocks for p in parameters]
+        of_tables = [(self.tables[0], len(self.tables))] if self.tables else []
+        return [*of_blocks, *of_tables, *((p, 1) for p in self.parts.ends)]
+
+    def footprint(self) -> Footprint:
+        sizes = [(p, number, self.held(p) * p.element_size()) for p, number in self.numbered()]
+        parameters = sum(number * size for _, number, size in sizes)
+        gradients = parameters
+        if self.is_sparse and self.tables:
+            # By rows: in fp32, with a number for each row.
+            table = self.held(self.tables[0]) * self.tables[0].element_size()
+            gradients += len(self.tables) * (self.rows_read(self.n_ranks) * (self.columns() * FP32 + 8) - table)
+        copies, activations = self.copies(), self.activations()
+        return Footprint(
+            dense=self.parts.dense,
+            memory=self.parts.memory,
+            parameters=parameters,
+            gradients=gradients,
+            moments=2 * parameters,
+            copies=copies,
+            activations=activations,
+            peak=max(self.at_the_loss(gradients, copies, activations), gradients + copies + self.backward()),
+            flops_per_token=self.parts.flops_per_token,
+            tokens_per_step=self.args.grad_acc_steps * self.N / self.tp,
+            exchanges=self.exchanges(),
+        )
+
+    def columns(self) -> int:
+        """Of a table, on this rank."""
+        return self.memories[0].v_dim // self.split
+
+    def rows_read(self, ranks: int) -> int:
+        """Rows of a table that so many ranks read in a step at the most."""
+        reads = self.memories[0].heads * self.memories[0].knn * (len(self.memories) if self.parts.shares_tables else 1)
+        return min(self.memories[0].size, self.args.grad_acc_steps * self.n * ranks * reads)
+
+    # --- units of FSDP ---------------------------------------------------------------------------------------------
+
+    def units(self) -> list[tuple[str, int, list[nn.Parameter]]]:
+        """What FSDP gathers at once, and how many such there are: blocks, tables that are split by rows, the ends."""
+        units = [("block", number, parameters) for _, number, parameters in self.parts.blocks]
+        if self.by_rows and self.tables:
+            units.append(("table", len(self.tables), [self.tables[0]]))
+        embedding, norm, *output = self.parts.ends
+        if output:
+            return [*units, ("embedding", 1, [embedding]), ("output", 1, output), ("rest", 1, [norm])]
+        return [*units, ("rest", 1, [embedding, norm])]
+
+    def gathered_bytes(self, unit: str, parameters: list[nn.Parameter]) -> int:
+        """Of a unit when it computes: the ends and the last norm stay exact."""
+        size = FP32 if unit in ("embedding", "rest") else self.bytes
+        return size * sum(self.padded(p) for p in parameters)
+
+    def copies(self) -> int:
+        """Bytes of weights beside the parameters when a forward pass ends: what FSDP has gathered and not put away, or
+        what autocast has cast to half precision.
+        """
+        embedding, norm, *output = self.parts.ends
+        if self.data_ranks > 1:
+            copies = sum(
+                number * self.gathered_bytes(unit, parameters)
+                for unit, number, parameters in self.units()
+                if not self.is_full or unit in ("output", "rest")
+            )
+            is_cast = self.parts.is_tied and self.bytes < FP32
+            return copies + (self.bytes * self.whole(embedding) if is_cast else 0)
+        if self.bytes == FP32:
+            return 0
+        copies = sum(self.whole(p) for p in output or [embedding])
+        for block, number, parameters in self.parts.blocks:
+            exact = (block.attention_norm.weight, block.ffn_norm.weight)
+            copies += number * sum(self.whole(p) for p in parameters if not any(p is norm for norm in exact))
+        return self.bytes * copies
+
+    # --- activations -----------------------------------------------------------------------------------------------
+
+    def recomputes(self, block: TransformerBlock) -> str:
+        """Of a block's activations: "nothing", "cheap" ones or "everything"."""
+        wanted = self.args.distributed
+        gathers = self.by_rows and isinstance(block.feed_forward, HashingMemory)
+        if wanted.checkpoint_each_layer or (wanted.selective_activation_checkpointing and gathers):
+            return "everything"
+        return "cheap" if wanted.selective_activation_checkpointing else "nothing"
+
+    def activations(self) -> int:
+        """Bytes that autograd keeps when the forward pass of a batch ends."""
+        n, N, C, b = self.n, self.N, self.model.dim, self.bytes
+        V = self.args.model.vocab_size
+        ends = n * C * FP32 + 8 * N  # the embedding's result, the tokens
+        ends += self.norm() + N * C * b + N * V * FP32 + 8 * N  # the last norm, the output's input, the loss
+        return ends + sum(
+            number * self.kept_of(block, self.recomputes(block)) for block, number, _ in self.parts.blocks
+        )
+
+    def norm(self) -> int:
+        """One number a token; on a CPU what was divided by it, too."""
+        return self.n * FP32 + (0 if self.fused_norms else self.n * self.model.dim * FP32)
+
+    def kept_of(self, block: TransformerBlock, recomputes: str) -> int:
+        result = self.n * self.model.dim * FP32
+        if recomputes == "everything":
+            return result
+        parts = self.attention(block, recomputes == "cheap")
+        if isinstance(block.feed_forward, HashingMemory):
+            parts += self.memory(block.feed_forward, recomputes == "cheap")
+        else:
+            parts += self.feed_forward(block, recomputes == "cheap")
+        return result + parts
+
+    def inputs(self, n_linears: int, tokens: int) -> int:
+        """Of linears that read one tensor in fp32: autocast casts it for each."""
+        return tokens * self.model.dim * (self.bytes * n_linears if self.bytes < FP32 else FP32)
+
+    def results_sent(self) -> int:
+        """Under tensor parallelism, what is exchanged before and behind a pair of linears, where that is kept."""
+        return (self.N * FP32 + self.n * self.bytes) * self.model.dim if self.tp > 1 else 0
+
+    def attention(self, block: TransformerBlock, cheap_again: bool) -> int:
+        n, N, C, b, t = self.n, self.N, self.model.dim, self.bytes, self.tp
+        W, G = block.attention.wq.out_features, block.attention.wk.out_features
+        heads = N * (2 * W + 2 * G) // t * b + N * block.attention.n_heads // t * FP32  # q, k, v, result, sums
+        if cheap_again:
+            return heads + N * C * b + self.results_sent()
+        T = self.args.data.seq_len
+        rotations = 8 * T * block.attention.head_dim
+        mask = T * T * b if (self.model.sliding_window or T) < T else 0  # as numbers to be added to scores
+        return self.norm() + self.inputs(3, N) + rotations + mask + heads + n * C * FP32
+
+    def feed_forward(self, block: TransformerBlock, cheap_again: bool) -> int:
+        N, C, b = self.N, self.model.dim, self.bytes
+        F = block.feed_forward.w1.out_features // self.tp
+        if cheap_again:
+            return N * (2 * F + C) * b + self.results_sent()
+        return self.norm() + self.inputs(2, N) + 4 * N * F * b
+
+    def memory(self, memory: HashingMemory, cheap_again: bool) -> int:
+        n, C, b, m = self.n, self.model.dim, self.bytes, self.split
+        R, V = memory.heads * memory.knn, memory.v_dim
+        has_swilu, has_projection = memory.swilu_projection is not None, memory.value_proj is not None
+        is_gated, is_peer = memory.gating is not None, memory.peer_variant
+        table = self.table_bytes
+        query = n * memory.heads * memory.k_dim * b
+        # What the group has gathered: slots and weights of all its tokens.
+        slots, weights = (m * n * R * self.slot_bytes(), m * n * R * table) if m > 1 else (0, 0)
+        if cheap_again:
+            kept = query + n * R * (FP32 + 8) + n * V * table + slots + weights
+            kept += n * V * table if m > 1 else 0
+            kept += (n * V * b if has_swilu else 0) + (n * C * b if has_projection else 0) + (n * b if is_gated else 0)
+            if is_peer:
+                kept += m * n * R * FP32 + (slots + n * C * FP32 + n * R * FP32 if m > 1 else 0)
+            return kept
+        n_linears = 1 + has_swilu + is_gated
+        kept = self.norm() + self.inputs(n_linears, n) + query + n * R * (8 + FP32) + slots + weights
+        if m == 1 and (table < FP32 or is_peer):
+            kept += n * R * table  # the weights in the table's type, or times the hidden units
+        if is_peer:
+            kept += 2 * n * R * FP32 + slots  # the hidden units before and behind gelu
+            kept += n * C * FP32 if b < FP32 or m > 1 else 0
+        if has_swilu:
+            kept += n * V * (FP32 + b)
+        if has_projection:
+            kept += n * V * b
+        if is_gated:
+            kept += n * C * (b if has_projection else FP32) + n * b
+        return kept
+
+    def slot_bytes(self) -> int:
+        """Of a slot's number when it is sent."""
+        return 4 if self.memories[0].size <= 2**31 else 8
+
+    def at_the_loss(self, gradients: int, copies: int, activations: int) -> int:
+        """Bytes where the forward pass turns into the backward one: all activations and the logits."""
+        logits, b = self.N * self.args.model.vocab_size, self.bytes
+        earlier = 0
+        if self.args.grad_acc_steps > 1:  # those of other batches; tables have theirs when the step ends
+            tables = sum(self.held(table) * table.element_size() for table in self.tables)
+            earlier = self.noted() if self.is_sparse else gradients - (0 if self.by_rows else tables)
+        # Logits in both types; then two gradients in fp32, when casts for blocks that run again are gone.
+        later = copies
+        if self.data_ranks == 1 and any(self.recomputes(block) != "nothing" for block, _, _ in self.parts.blocks):
+            later = min(copies, b * self.whole(self.parts.ends[0]))
+        at_the_loss = max(copies + logits * (FP32 + b), later + logits * 2 * FP32)
+        # Or in the last block's backward pass, when the loss has let go of its logits.
+        return earlier + activations + max(at_the_loss, copies + self.gathering() - logits * FP32)
+
+    def gathering(self) -> int:
+        """Bytes that FSDP takes for a block in the backward pass, beside what stays gathered; an estimate."""
+        if self.data_ranks == 1:
+            return 0
+        units = self.units()
+        largest = max(self.gathered_bytes(unit, parameters) for unit, _, parameters in units)
+        reduced = max(FP32 * sum(self.padded(p) for p in parameters) for _, _, parameters in units)
+        # The weights of this unit and the next one, the gradient, and the same in fp32 on its way.
+        return (2 * largest if self.is_full else 0) + largest + reduced
+
+    def backward(self) -> int:
+        """Bytes beside gradients and copies where the backward pass ends, the first block's; an estimate."""
+        again = max(
+            self.kept_of(block, "nothing") - self.kept_of(block, self.recomputes(block))
+            for block, _, _ in self.parts.blocks
+        )
+        return again + self.gathering() + self.noted()
+
+    def noted(self) -> int:
+        """Bytes of what lookups note of the tables' gradients until a step's last batch, and of the sum over ranks."""
+        if not self.tables or self.by_rows:
+            return 0
+        table = self.tables[0].element_size()
+        size = self.whole(self.tables[0])
+        n_lookups = sum(len(memory.tables) for memory in self.memories) * self.args.grad_acc_steps
+        reads = self.memories[0].heads * self.memories[0].knn
+        note = self.split * self.n * (reads * (4 + table) + self.columns() * table)
+        notes = min(n_lookups * note, len(self.tables) * size * table)
+        if self.is_sparse:  # the notes side by side; its own rows, all ranks', and them sorted
+            return 2 * notes + 3 * FP32 * self.rows_read(self.n_ranks) * self.columns()
+        return notes + FP32 * min(size, REDUCED_AT_ONCE)
+
+    # --- what is sent ----------------------------------------------------------------------------------------------
+
+    def exchanges(self) -> list[Exchange]:
+        found: dict[tuple[str, str, int, bool], float] = {}
+        spans = {"tp": self.tp, "dp_shard": self.tp * self.shard, "memory_parallel": self.group}
+
+        def add(collective: str, dimension: str, ranks: int, payload: float, at_most: bool = False) -> None:
+            if ranks > 1 and payload:
+                key = (collective, dimension, ranks, at_most)
+                found[key] = found.get(key, 0) + payload
+
+        if self.data_ranks > 1:
+            self.add_fsdp(add)
+        if self.tp > 1:
+            self.add_tensor_parallelism(add)
+        if self.split > 1:
+            for block, number, _ in self.parts.blocks:
+                if isinstance(block.feed_forward, HashingMemory):
+                    self.add_lookups(add, block, number)
+        if self.tables and not self.by_rows:
+            self.add_table_gradients(add)
+        return [
+            Exchange(collective, dimension, ranks, spans.get(dimension, self.n_ranks), payload, at_most)
+            for (collective, dimension, ranks, at_most), payload in found.items()
+        ]
+
+    def add_fsdp(self, add) -> None:
+        batches = self.args.grad_acc_steps
+        readers = len(self.memories) if self.parts.shares_tables else 1
+        for unit, number, parameters in self.units():
+            gathered = number * self.gathered_bytes(unit, parameters)
+            elements = number * sum(self.padded(p) for p in parameters)
+            passes = 1 if unit in ("output", "rest") or not self.is_full else 2
+            passes *= readers if unit == "table" else 1
+            add("all-gather", "dp_shard", self.shard, batches * passes * gathered)
+            add("reduce-scatter", "dp_shard", self.shard, batches * FP32 * elements)
+            add("all-reduce", "dp_replicate", self.replicate, FP32 * elements // self.shard)
+
+    def add_tensor_parallelism(self, add) -> None:
+        N, C, b, batches = self.N, self.model.dim, self.bytes, self.args.grad_acc_steps
+        V = self.args.model.vocab_size
+
+        def both_ways(gathered: float, scattered: float) -> None:
+            add("all-gather", "tp", self.tp, batches * gathered)
+            add("reduce-scatter", "tp", self.tp, batches * scattered)
+
+        both_ways(N * C * FP32, N * C * FP32)  # the embedding's result, and its gradient
+        both_ways(N * C * FP32 + N * V * b, N * C * FP32)  # the output's input, its gradient, the logits
+        # FSDP sums the norms' gradients in each backward pass.
+        times = batches if self.data_ranks > 1 else 1
+        summed = times * self.held(self.model.norm.weight)
+        for block, number, parameters in self.parts.blocks:
+            pairs = number if isinstance(block.feed_forward, HashingMemory) else 2 * number
+            both_ways(pairs * N * C * (FP32 + b), pairs * N * C * (FP32 + b))
+            if self.recomputes(block) == "everything":  # up to what the last product reads
+                both_ways(pairs * N * C * FP32, number * N * C * b)
+            # Of norms and memories each rank has seen a part of the sequence.
+            norms = {block.attention_norm.weight, block.ffn_norm.weight}
+            summed += number * times * sum(self.held(p) for p in norms)
+            if isinstance(block.feed_forward, HashingMemory):
+                others = norms.union(block.attention.parameters())
+                summed += number * sum(self.held(p) for p in parameters if p not in others)
+        add("all-reduce", "tp", self.tp, FP32 * summed)
+
+    def add_lookups(self, add, block: TransformerBlock, number: int) -> None:
+        memory = block.feed_forward
+        dimension = "tp" if self.tp > 1 else "memory_parallel"
+        n, m, batches = self.n, self.split, self.args.grad_acc_steps * number
+        R, V, table = memory.heads * memory.knn, memory.v_dim, self.table_bytes
+        forwards = 2 if self.recomputes(block) == "everything" else 1
+        # What is computed again ends before the rows come, where nothing reads them for a gradient.
+        is_read = any(part is not None for part in (memory.swilu_projection, memory.value_proj, memory.gating))
+        slots, weights, rows = m * n * R * self.slot_bytes(), m * n * R * table, n * V * table
+        add("all-gather", dimension, m, batches * forwards * (slots + weights))
+        add("all-to-all", dimension, m, batches * ((forwards if is_read else 1) + 1) * rows)
+        add("reduce-scatter", dimension, m, batches * weights)
+        if memory.peer_variant:
+            hidden, x = m * n * R * FP32, n * memory.input_dim * FP32
+            add("all-to-all", dimension, m, batches * (forwards + 1) * x)
+            add("all-gather", dimension, m, batches * (forwards * slots + hidden))
+            add("reduce-scatter", dimension, m, batches * forwards * hidden)
+
+    def add_table_gradients(self, add) -> None:
+        ranks, dimension = self.data_ranks, "dp_replicate"
+        if self.group > 1:
+            ranks, dimension = self.n_ranks // self.group, "memory_replicate"
+        elif self.is_full:
+            dimension = "data"
+        for table in self.tables:
+            if self.is_sparse:
+                # The rows that any rank has read; before, each rank's number of slots, and the slots as int64.
+                add("all-reduce", dimension, ranks, self.rows_read(self.n_ranks) * self.columns() * FP32, True)
+                add("all-gather", dimension, ranks, 8 * ranks * (1 + self.rows_read(self.split)), True)
+            else:
+                add("all-reduce", dimension, ranks, self.whole(table) * FP32)
