@@ -33,8 +33,6 @@ from apps.main.generate import (
     pick_device,
     validate_generator_args,
 )
-from apps.main.slot_reads import FILE as SLOT_READS_FILE
-from apps.main.slot_reads import write_slot_reads
 from apps.main.transformer import count_parameters
 from apps.main.validation import (
     ValidationArgs,
@@ -190,8 +188,10 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
     if files:
         found["validation"] = run_validation(args.validation, files, generator, config, should_stop)
         if args.validation.slot_reads is not None:
-            file, n_tokens = Path(args.dump_dir) / SLOT_READS_FILE, args.validation.slot_reads
-            write_slot_reads(file, generator, files, config["data"], n_tokens, should_stop)
+            from apps.main import slot_reads
+
+            file, n_tokens = Path(args.dump_dir) / slot_reads.FILE, args.validation.slot_reads
+            slot_reads.write_slot_reads(file, generator, files, config["data"], n_tokens, should_stop)
     with together():
         if find_world().rank == 0:
             _write(args, found)
