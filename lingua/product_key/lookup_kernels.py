@@ -25,12 +25,12 @@ LONG = 1024
 # (4.2 TB/s), the gradient above it, since tokens' vectors stay in the cache.
 SUMS = {"COLUMNS": 256, "ROWS": 8, "num_warps": 1}
 PRODUCTS = {"COLUMNS": 1024, "ROWS": 2, "num_warps": 4}
-GRADIENT = {"COLUMNS": 512, "ROWS": 2, "num_warps": 1}
+GRADIENT = {"COLUMNS": 512, "ROWS": 4, "num_warps": 1}
 
 # Bytes of the tokens' vectors that stay in a GPU's cache. Programs of the same columns run at the same time, so with
 # many tokens, such as those of several layers, a program has fewer columns, and more slots instead.
 CACHED = 40 * 2**20
-LEAST_COLUMNS = 128
+LEAST_COLUMNS = 256
 
 
 def _fit(options: dict[str, int], dim: int) -> dict[str, int]:
@@ -115,7 +115,7 @@ def _sum_sorted(
     places_of = (ends, tokens, factors, vectors)
     _sum_pieces[(n_pieces, n_columns)](pieces, slots, *places_of, len(slots), dim, LONG=LONG, **options)
     # Where few slots are read at all, programs would be started for hardly more than zeros each.
-    several = 4 if len(slots) < n_slots else most // options["COLUMNS"]
+    several = 4 if len(slots) < n_slots else 2 * most // options["COLUMNS"]
     grid = (triton.cdiv(n_slots, several), n_columns)
     _sum_slots[grid](out, pieces, *places_of, n_slots, dim, SLOTS=several, LONG=LONG, **options)
     return out
