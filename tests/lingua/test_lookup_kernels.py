@@ -89,8 +89,7 @@ if INTERPRETED:
             check(*draw(40, 5, n_slots, 6, torch.float32, seed=seed))
 
     @on_the_interpreter
-    @pytest.mark.parametrize("dim", [129, 600])
-    @pytest.mark.parametrize("n_slots", [3, 60])
+    @pytest.mark.parametrize(("dim", "n_slots"), [(600, 3), (257, 40)])
     def test_narrow_programs(monkeypatch, dim, n_slots):
         """As with more vectors than a cache holds: each number of the gradient is summed in the same order."""
         indices, _, factors, vectors = draw(30, 5, n_slots, dim, torch.float32)
