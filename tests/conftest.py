@@ -13,8 +13,11 @@ LONGEST = (
     "test_layouts.py",
     "test_parallelize.py",
     "test_shuffle.py",
+    "test_config_fuzz.py",
+    "test_lookup_kernels.py",
     "test_kills.py",
-    "test_resume.py",
+    "test_search.py",
+    "test_train.py",
 )
 
 
