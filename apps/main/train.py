@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -258,18 +257,6 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def check_room_for_values(model: LMTransformer) -> None:
-    """Raises ValueError where tables that are to lie in the CPU's memory do not fit it beside their two moments."""
-    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, by torchrun
-    wanted, total = 3 * n_ranks * local_bytes(split_parameters(model)["values"]), psutil.virtual_memory().total
-    if wanted > total:
-        raise ValueError(
-            f"distributed.values_device: value tables and their moments take {wanted / 1e9:,.1f} GB on this machine, "
-            f"which has {total / 1e9:,.1f} GB of memory; lower model.productkey_args.mem_n_keys, or split them over "
-            "ranks by distributed.memory_parallel_size"
-        )
-
-
 # --- building ------------------------------------------------------------------------------------------------------
 
 
@@ -457,8 +444,6 @@ class Run:
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
-        if args.distributed.values_device == "cpu":
-            check_room_for_values(self.model)
         self.guard = Guard(args.guard, self.model, world)
         self.latest_batches: deque[tuple[int, list[Batch]]] = deque(maxlen=BATCHES_KEPT)
         dtype = DTYPES[args.distributed.model_dtype]

@@ -5,27 +5,22 @@ Autograd would make it as large as the table for every layer that reads it, and 
 even the rows that were read; when all backward passes of a step are done, it is summed up at once, whichever layers and
 batches read the table.
 
-The ticket is a number on the CPU that autograd takes for an input of the lookup. Its gradient is worth nothing, but has
-to be computed, and computing it is the note: so it happens once in each backward pass, also where activations are
-computed again and where a compiler drops what nobody uses.
+Computing the ticket's gradient (tickets.py) is the note: so it happens once in each backward pass, also where
+activations are computed again and where a compiler drops what nobody uses.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lingua.distributed import local_part
+from lingua.product_key.tickets import holder_of, new_ticket
 from lingua.product_key.xformer_embeddingbag import row_sums, table_gradient
-
-_numbers = itertools.count(1)
-_by_number: WeakValueDictionary[int, RowGradients] = WeakValueDictionary()
 
 
 class RowGradients:
@@ -39,10 +34,7 @@ class RowGradients:
 
     def __init__(self, weight: torch.nn.Parameter, whole: bool = False):
         self.weight, self.whole = weight, whole
-        number = next(_numbers)
-        _by_number[number] = self
-        # In a list: the compiler takes a scalar for a number of the program's, and starts anew to make it a constant.
-        self.ticket = torch.tensor([float(number)], dtype=torch.float64, device="cpu", requires_grad=True)
+        self.ticket = new_ticket(self)
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowGradients:
@@ -127,7 +119,7 @@ def record_rows(
     ticket: torch.Tensor, indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor
 ) -> torch.Tensor:
     """`RowGradients.note` for those that the ticket names; the ticket's gradient."""
-    _by_number[int(ticket)].note(indices, factors, vectors)
+    holder_of(ticket).note(indices, factors, vectors)
     return torch.zeros_like(ticket)
 
 

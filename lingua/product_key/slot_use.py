@@ -1,6 +1,6 @@
 """Which slots a memory layer reads while it trains, and with how much weight.
 
-It is noted in the backward pass, by an operator that a *ticket* brings there (row_gradients.py tells how): so it
+It is noted in the backward pass, by an operator that a *ticket* (tickets.py) brings there: so it
 happens once for each batch that is learnt from, also where activations are computed again and where a compiler drops
 what nobody uses, and never in evaluation. Nothing is kept for it that the layer's own backward pass does not keep.
 
@@ -10,15 +10,12 @@ Suffixes: N tokens, H heads, K slots of a head, S slots in all.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
-_numbers = itertools.count(1)
-_by_number: WeakValueDictionary[int, SlotUse] = WeakValueDictionary()
+from lingua.product_key.tickets import holder_of, new_ticket
 
 
 class SlotUse:
@@ -34,9 +31,7 @@ class SlotUse:
         self.top_weights = torch.zeros((), dtype=torch.float64, device=device)
         self.n_queries = 0
         self.is_paused = False
-        number = next(_numbers)
-        _by_number[number] = self
-        self.ticket = torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
+        self.ticket = new_ticket(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotUse:
         """A copied layer's own, with a number, and without notes."""
@@ -92,7 +87,7 @@ def note_slots(
 
     `grad_NHK` only ties it to the backward pass: what depends on nothing of that a compiler may do in the forward pass.
     """
-    _by_number[int(ticket)].note(slots_NHK, weights_NHK)
+    holder_of(ticket).note(slots_NHK, weights_NHK)
     return torch.zeros_like(ticket)
 
 
