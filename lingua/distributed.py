@@ -79,7 +79,6 @@ def default_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "MKL_SERVICE_FORCE_INTEL": "GNU",
-        "ENABLE_INTRA_NODE_COMM": "1",
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         "NCCL_IB_TIMEOUT": "22",
         "NCCL_DEBUG": "INFO",
@@ -209,6 +208,9 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
     if not dist.is_initialized():
         if "LOCAL_RANK" not in os.environ:  # srun started it, which names no place to meet at
             os.environ.update({name: os.environ.get(name, value) for name, value in slurm.meeting_point().items()})
+        # Published configs set it, and between GPUs with NVLink torch 2.11 fails with it: making the group, it looks for
+        # a part of it that is not there yet.
+        os.environ.pop("ENABLE_INTRA_NODE_COMM", None)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
         try:

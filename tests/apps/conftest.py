@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plain import STEPS, train_plainly
 from training import Training, list_steps, start_ranks, tiny_config, write_config, write_corpus
 
 
@@ -43,3 +44,35 @@ def pair(tiny, tmp_path_factory) -> Path:
         assert rank.finish().ok().err == ""
     assert list_steps(folder / "run") == [5, 10, 15, 20]
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def plain(tiny, tmp_path_factory) -> Callable[..., tuple]:
+    """`plain(n_ranks, grad_acc_steps, *key_values)`: what `train_plainly` gives, worked out once each."""
+    known = {}
+
+    def get(n_ranks, grad_acc_steps, *arguments):
+        key = n_ranks, grad_acc_steps, arguments
+        if key not in known:
+            folder = tmp_path_factory.mktemp("plain")
+            argv = [f"config={tiny}", f"dump_dir={folder}", f"steps={STEPS}", f"grad_acc_steps={grad_acc_steps}"]
+            known[key] = train_plainly([*argv, *arguments], n_ranks)
+        return known[key]
+
+    return get
+
+
+@pytest.fixture
+def train(tiny, tmp_path) -> Callable[..., Path]:
+    """`train(name, n_ranks, {distributed.*}, *key_values, **environment)` as torchrun would; returns the dump_dir."""
+
+    def run(name, n_ranks, distributed, *arguments, **variables):
+        argv = [f"config={tiny}", f"dump_dir={tmp_path / name}", f"steps={STEPS}", "distributed.timeout=120"]
+        argv += [f"distributed.{key}={value}" for key, value in distributed.items()]
+        ranks = start_ranks(n_ranks, [*argv, *arguments], tmp_path, **variables)
+        results = [rank.finish() for rank in ranks]
+        for result in results:
+            result.ok()
+        return tmp_path / name
+
+    return run

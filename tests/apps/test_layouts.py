@@ -5,17 +5,12 @@ import shutil
 
 import pytest
 import torch
-from plain import train_plainly
-from training import list_steps, read_losses, read_metrics, start_ranks
+from plain import STEPS, assert_follows, load
+from training import list_steps, read_losses, read_metrics
 
-from apps.main.train import TrainArgs
-from apps.main.transformer import LMTransformer
-from lingua.args import parse_args
-from lingua.checkpoint import consolidate_checkpoints, load_model
+from lingua.checkpoint import consolidate_checkpoints
 
-STEPS = 20
 TABLE = "layers.1.feed_forward.values.weight"
-METRICS = ("loss/out", "optim/grad_norm", "optim/value_grad_norm")
 
 # ranks, how many of them hold different data, distributed.*
 LAYOUTS = {
@@ -59,57 +54,6 @@ SPLIT = {
     "full_shard 2": (2, 2, {"fsdp_type": "full_shard"}),
     "tensor parallel 2": (2, 1, {"tp_size": 2}),
 }
-
-
-@pytest.fixture(scope="module")
-def plain(tiny, tmp_path_factory):
-    """`plain(n_ranks, grad_acc_steps, *model arguments)`: what `train_plainly` gives, worked out once each."""
-    known = {}
-
-    def get(n_ranks, grad_acc_steps, *arguments):
-        key = n_ranks, grad_acc_steps, arguments
-        if key not in known:
-            folder = tmp_path_factory.mktemp("plain")
-            argv = [f"config={tiny}", f"dump_dir={folder}", f"steps={STEPS}", f"grad_acc_steps={grad_acc_steps}"]
-            known[key] = train_plainly([*argv, *arguments], n_ranks)
-        return known[key]
-
-    return get
-
-
-@pytest.fixture
-def train(tiny, tmp_path):
-    """`train(name, n_ranks, {distributed.*}, *key_values)` as torchrun would start it; returns the dump_dir."""
-
-    def run(name, n_ranks, distributed, *arguments):
-        argv = [f"config={tiny}", f"dump_dir={tmp_path / name}", f"steps={STEPS}", "distributed.timeout=120"]
-        argv += [f"distributed.{key}={value}" for key, value in distributed.items()]
-        ranks = start_ranks(n_ranks, [*argv, *arguments], tmp_path)
-        results = [rank.finish() for rank in ranks]
-        for result in results:
-            result.ok()
-        return tmp_path / name
-
-    return run
-
-
-def load(dump_dir, step=STEPS):
-    model = LMTransformer(parse_args(TrainArgs, [f"config={dump_dir / 'config.yaml'}"]).model)
-    load_model(dump_dir / "checkpoints" / f"{step:010d}", model)
-    return model
-
-
-def assert_follows(dump_dir, expected):
-    steps, expected_model = expected
-    metrics = read_metrics(dump_dir)
-    assert [line["global_step"] for line in metrics] == list(range(1, STEPS + 1))
-    assert steps[-1][0] < 0.7 * steps[0][0], "it learns nothing, so it compares nothing"
-    for line, values in zip(metrics, steps, strict=True):
-        assert [line[name] for name in METRICS] == pytest.approx(values, rel=1e-4)
-    model = load(dump_dir)
-    for name, parameter in expected_model.named_parameters():
-        close = {"rtol": 1e-4, "atol": 1e-6} if "values" in name else {"rtol": 1e-3, "atol": 1e-4}
-        torch.testing.assert_close(model.get_parameter(name), parameter, **close)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *WITH_ACCUMULATION, *OTHERS])
