@@ -79,7 +79,6 @@ def default_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "MKL_SERVICE_FORCE_INTEL": "GNU",
-        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         "NCCL_IB_TIMEOUT": "22",
         "NCCL_DEBUG": "INFO",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
