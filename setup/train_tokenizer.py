@@ -158,15 +158,17 @@ def read_block(path: Path, start: int, stop: int) -> Iterator[str]:
         file.seek(max(start - 1, 0))
         place = file.tell() + len(file.readline()) if start else 0
         lines: list[bytes] = []
+        size = 0
         while place < stop:
             line = file.readline()
             if not line:
                 break
             if path.suffix == ".txt":
                 lines.append(line)
-                if sum(map(len, lines)) >= TEXT_BYTES:
+                size += len(line)
+                if size >= TEXT_BYTES:
                     yield b"".join(lines).decode("utf-8", "replace")
-                    lines = []
+                    lines, size = [], 0
             elif not line.isspace():
                 yield clean(parse_line(line, path, place))
             place += len(line)
@@ -211,6 +213,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartb
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.99995,
+            required_chars="\u2581",  # a space, which in text with few of them would come back as this sign
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
