@@ -207,8 +207,8 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
     if not dist.is_initialized():
         if "LOCAL_RANK" not in os.environ:  # srun started it, which names no place to meet at
             os.environ.update({name: os.environ.get(name, value) for name, value in slurm.meeting_point().items()})
-        # Published configs set it, and between GPUs with NVLink torch 2.11 fails with it: making the group, it looks for
-        # a part of it that is not there yet.
+        # Published configs set it, and between GPUs with NVLink torch 2.11 fails with it: making the group, it looks
+        # for a part of it that is not there yet.
         os.environ.pop("ENABLE_INTRA_NODE_COMM", None)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)

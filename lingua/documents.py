@@ -144,6 +144,10 @@ def find_files(patterns: list[str], exclude: str | None = None) -> list[InputFil
     return [InputFile(path, "/".join(path.split("/")[n_shared:]), *found[path]) for path in paths]
 
 
+def _cannot_list(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}")
+
+
 def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
     """Sizes and stamps by absolute path."""
     pattern = os.path.abspath(os.path.expanduser(pattern))
@@ -151,7 +155,7 @@ def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
     for match in [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True):
         if not os.path.isdir(match):
             paths += _with_known_suffix([match])
-        for folder, folders, names in os.walk(match, followlinks=True):
+        for folder, folders, names in os.walk(match, followlinks=True, onerror=_cannot_list):
             folders[:] = [name for name in folders if not name.startswith(".")]
             paths += [os.path.join(folder, name) for name in names if suffix_of(name) and not name.startswith(".")]
     facts = {}

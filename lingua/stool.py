@@ -700,7 +700,11 @@ def launch_job(args: StoolArgs) -> str | None:
             except OSError:
                 undo.keep = False
                 raise
-            job = job.strip().split(";")[0]
+            # Around its number a site's own wrapper of sbatch may say something.
+            numbers = re.findall(r"^(\d+)(?:;.*)?$", job.strip(), re.MULTILINE)
+            if not numbers:
+                raise OSError(f"sbatch: submitted, but it told no job number ({job.strip()[:200]!r}); see squeue")
+            job = numbers[-1]
     if args.launcher == "bash":
         job = os.environ["SLURM_JOB_ID"]
         tell_of_job(args, job, root, runs)
@@ -737,12 +741,12 @@ def tell_of_job(args: StoolArgs, job: str, root: Path, runs: list[Run]) -> None:
         if not args.stdout:
             lines.append(f"  of SLURM    {shlex.quote(str(folder / 'job.log'))}")
     lines += [f"  state       squeue --job {job}", f"  end it      scancel {job}"]
+    print("\n".join(lines), flush=True)
     if args.launcher == "sbatch" and shutil.which("squeue"):
         time.sleep(0.5)  # until SLURM has looked at it
         reason = why_waiting(job)
         if reason and reason not in ("Priority", "Resources"):
-            lines.append(f"  it waits    {reason}; if that does not change by itself, scancel it and ask for less")
-    print("\n".join(lines), flush=True)
+            print(f"  it waits    {reason}; if that does not change by itself, scancel it and ask for less", flush=True)
 
 
 def run_here(command: list[str], logs: Path) -> None:
