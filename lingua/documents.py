@@ -153,11 +153,7 @@ def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
     pattern = os.path.abspath(os.path.expanduser(pattern))
     paths = []
     for match in [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True):
-        if not os.path.isdir(match):
-            paths += _with_known_suffix([match])
-        for folder, folders, names in os.walk(match, followlinks=True, onerror=_cannot_list):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            paths += [os.path.join(folder, name) for name in names if suffix_of(name) and not name.startswith(".")]
+        paths += _files_below(match) if os.path.isdir(match) else _with_known_suffix([match])
     facts = {}
     for path in paths:
         status = os.stat(path)
@@ -165,6 +161,20 @@ def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
             raise ValueError(f"{path}: no regular file")
         facts[path] = status.st_size, str(status.st_mtime_ns)
     return facts
+
+
+def _files_below(folder: str) -> list[str]:
+    """Links are followed, but to no folder that `folder` or another link led to already: cycles would repeat it."""
+    paths, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_list):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [os.path.join(here, name) for name in names if suffix_of(name) and not name.startswith(".")]
+    return paths
 
 
 def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
