@@ -472,8 +472,8 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGUSR2, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._remember)
-            # A job of lingua.stool starts with it blocked: one that came too early comes now.
-            self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+            # A job of lingua.stool starts with them blocked: one that came too early comes now.
+            self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
         return self
 
     def __exit__(self, *_: object) -> None:

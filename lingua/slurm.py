@@ -21,6 +21,8 @@ WARNING_SECONDS, WARNING_SLACK = 120, 60
 
 # Seconds to wait for an answer of SLURM's commands; a controller under load takes its time.
 PATIENCE = 120
+# Before a job's end, of which there are no more than WARNING_SECONDS: for an answer, for asking again, in between.
+ANSWER_SECONDS, RETRY_SECONDS, PAUSE_SECONDS = 20, 60, 5
 
 # Ports for the ranks to meet at, below those that Linux hands out by itself.
 _FIRST_PORT, _N_PORTS = 15_000, 17_000
@@ -76,8 +78,9 @@ def meeting_point() -> dict[str, str]:
     host = next((first_host(os.environ[name]) for name in names if os.environ.get(name)), "")
     if not host:
         raise ValueError("SLURM_JOB_NODELIST: not in the environment, though SLURM_JOB_ID is set; start with srun")
-    # Jobs that share a node, and steps of one job, meet at ports of their own.
-    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
+    # Jobs that share a node, steps of one job, and its starts, meet at ports of their own.
+    names = ("SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    step = ".".join([os.environ["SLURM_JOB_ID"], *(os.environ.get(name, "0") for name in names)])
     return {"MASTER_ADDR": host, "MASTER_PORT": str(_FIRST_PORT + zlib.crc32(step.encode()) % _N_PORTS)}
 
 
@@ -103,22 +106,51 @@ def use_scratch() -> None:
             os.environ.setdefault(name, value)
 
 
-def ask_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """What one of SLURM's commands prints. Raises OSError, one line, where it fails; TimeoutError without an answer."""
-    variables = dict(os.environ if environment is None else environment)
-    variables.pop("SLURM_TIME_FORMAT", None)
+def ask_slurm(*command: str, environment: dict[str, str] | None = None, patience: float = PATIENCE) -> str:
+    """What one of SLURM's commands prints. Raises OSError, one line, where it fails; TimeoutError without an answer.
+
+    The user's own filters and formats (`SQUEUE_PARTITION`, say) do not count.
+    """
+    variables = {
+        name: value
+        for name, value in (os.environ if environment is None else environment).items()
+        if not name.startswith(("SQUEUE_", "SINFO_", "SCONTROL_")) and name != "SLURM_TIME_FORMAT"
+    }
     try:
+        # In a session of its own: the signals that SLURM sends to a job are not for it.
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, env=variables
+            command,
+            capture_output=True,
+            text=True,
+            timeout=patience,
+            stdin=subprocess.DEVNULL,
+            env=variables,
+            start_new_session=True,
         )
     except FileNotFoundError:
         raise OSError(f"{command[0]}: not on the PATH of this machine") from None
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{command[0]}: no answer within {PATIENCE} s") from None
+        raise TimeoutError(f"{command[0]}: no answer within {patience:g} s") from None
     if result.returncode:
         said = re.sub(rf"({command[0]}: )?(error|fatal): ", "", " ".join(result.stderr.split()))
         raise OSError(f"{command[0]}: {said or f'exit code {result.returncode}'}")
     return result.stdout
+
+
+def _ask_patiently(*command: str) -> str:
+    """As `ask_slurm`, again and again where the controller cannot be reached: it may be starting anew."""
+    deadline = time.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            return ask_slurm(*command, patience=ANSWER_SECONDS)
+        except OSError as error:
+            away = isinstance(error, TimeoutError) or re.search(
+                r"unable to contact|timed out|connect", str(error), re.I
+            )
+            if not away or time.monotonic() >= deadline:
+                raise
+            logger.warning("%s; asking again", error)
+        time.sleep(PAUSE_SECONDS)
 
 
 def partition_minutes(partition: str | None = None) -> float:
@@ -149,7 +181,8 @@ def partition_minutes(partition: str | None = None) -> float:
 def why_waiting(job: str) -> str:
     """SLURM's word for why a job is not running yet, such as Priority or PartitionTimeLimit; nothing if it is."""
     reasons = ask_slurm("squeue", "--noheader", f"--job={job}", "--states=PENDING", "--format=%r").split("\n")
-    return next((reason.strip() for reason in reasons if reason.strip() not in ("", "None")), "")
+    told = (reason.strip() for reason in reasons if not reason.startswith("CLUSTER:"))
+    return next((reason for reason in told if reason not in ("", "None")), "")
 
 
 def requeue(made_progress: bool) -> None:
@@ -167,7 +200,7 @@ def requeue(made_progress: bool) -> None:
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         # One task of an array has the array's number as its own, which would mean all of them.
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    facts = ask_slurm("scontrol", "show", "job", job)
+    facts = _ask_patiently("scontrol", "show", "job", job)
     # The first line holds the job's name, which may say anything; the others start with their first key.
     fact = {
         key: match[1]
@@ -190,7 +223,7 @@ def requeue(made_progress: bool) -> None:
         )
     else:
         logger.info("requeueing job %s", job)
-        ask_slurm("scontrol", "requeue", job)
+        _ask_patiently("scontrol", "requeue", job)
 
 
 def _ends_soon(end: str) -> bool:

@@ -73,12 +73,25 @@ _OF_A_LAUNCHER = re.compile(
     r"|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES"
     r"|GPU_DEVICE_ORDINAL|STOOL_LOGS|STOOL_TERMINAL)$"
 )
+# Of srun's variables, those that speak of a job's resources.
+_OF_AN_OUTER_JOB = (
+    "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE", "SLURM_MEM_BIND", "SLURM_CPU_BIND",
+    "SLURM_GPU_BIND",
+    "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_SOCKET", "SLURM_TRES_PER_TASK",
+    "SLURM_HINT", "SLURM_EXCLUSIVE", "SLURM_EXACT",
+)  # fmt: skip
 # Variables by which sbatch would be told something else than by the script.
 _OF_SBATCH = {
     "job-name": "JOB_NAME", "partition": "PARTITION", "time": "TIMELIMIT", "gres": "GRES", "signal": "SIGNAL",
     "array": "ARRAY_INX", "distribution": "DISTRIBUTION", "output": "OUTPUT", "export": "EXPORT",
     "requeue": "REQUEUE", "no-requeue": "NO_REQUEUE", "account": "ACCOUNT", "qos": "QOS", "constraint": "CONSTRAINT",
 }  # fmt: skip
+_OF_SBATCH_ALWAYS = {f"SBATCH_{name}" for name in ("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "CPUS_PER_GPU", "WAIT")}
+_MEMORY_OF_SBATCH = {f"SBATCH_MEM_PER_{what}" for what in ("NODE", "CPU", "GPU")}
+# Steps from here on are SLURM's own: the shell of salloc, the batch script.
+FIRST_STEP_OF_SLURM = 4294967290
+# How SLURM is reached.
+_OF_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 # Those of them that only count where the key is set.
 _OPTIONAL = ("mem", "account", "qos", "constraint", "exclude")
 
@@ -302,13 +315,14 @@ def find_environment(environment: str) -> Path:
     if environment == "default":
         return Path(sys.prefix)
     prefix = Path(environment).expanduser().absolute()
-    if not prefix.is_dir():
+    if not os.access(prefix / "bin" / "python", os.X_OK):
         listed = subprocess.run(
             [_find_conda(), "env", "list", "--json"], capture_output=True, text=True, timeout=PATIENCE
         )
         with contextlib.suppress(ValueError, KeyError):
-            folders = [Path(folder) for folder in json.loads(listed.stdout)["envs"]]
-            prefix = next((folder for folder in folders if folder.name == environment), prefix)
+            root, *others = [Path(folder) for folder in json.loads(listed.stdout)["envs"]]
+            names = {"base": root} | {folder.name: folder for folder in reversed([root, *others])}
+            prefix = names.get(environment, prefix)
     if not os.access(prefix / "bin" / "python", os.X_OK):
         raise ValueError(
             f"anaconda: '{environment}' is neither a folder with bin/python nor an environment that conda has"
@@ -318,7 +332,8 @@ def find_environment(environment: str) -> Path:
 
 def activation(prefix: Path) -> list[str]:
     """Shell lines that put an environment's Python first."""
-    if (prefix / "conda-meta").is_dir():
+    # Without conda itself (micromamba, pixi) its Python is what can be had of an environment.
+    if (prefix / "conda-meta").is_dir() and (os.environ.get("CONDA_EXE") or shutil.which("conda")):
         hook = f'eval "$({shlex.quote(_find_conda())} shell.bash hook)"'
         return [f"{hook} && conda activate {shlex.quote(str(prefix))} || exit 1"]
     lines = [f'export PATH={shlex.quote(str(prefix / "bin"))}"${{PATH:+:$PATH}}"']
@@ -340,9 +355,9 @@ def check_copy(code: Path, prefix: Path) -> None:
         raise ValueError(f"copy_code: needs Python 3.11 or newer, not that of '{prefix}'; set copy_code=false")
 
 
-def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | None, answers_usr2: bool) -> str:
-    """A job of one run. `limit`: its `time_limit`; `code`: the copy that it runs, if any; `answers_usr2`: whether the
-    script has a StopSignal.
+def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | None, answers_signals: bool) -> str:
+    """A job of one run. `limit`: its `time_limit`; `code`: the copy that it runs, if any; `answers_signals`: whether
+    the script answers USR2 and TERM, or unblocks them.
     """
     tasks = max(args.ngpu, 1)
     prefix = find_environment(args.anaconda)
@@ -368,11 +383,17 @@ def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | 
         ": ${SLURM_JOB_ID:?no SLURM job; start this file with sbatch}",
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         'export STOOL_LOGS="$dump_dir/logs/${job:-$SLURM_JOB_ID}"',
-        'mkdir -p -- "$STOOL_LOGS" || exit 1',
+        "# Output has no place without it, so SLURM is told: scontrol show job.",
+        'mkdir -p -- "$STOOL_LOGS" || {',
+        '  scontrol update JobId="$SLURM_JOB_ID" Comment="$(hostname) cannot make dump_dir/logs"',
+        "  exit 1",
+        "}",
         '[ -n "${STOOL_TERMINAL:-}" ] || exec >> "$STOOL_LOGS/job.log" 2>&1',
         "# Paths in the config are relative to where it was submitted from.",
         f"cd -- {shlex.quote(os.getcwd())} || exit 1",
         *activation(prefix),
+        "# What an interactive job around sbatch has said of memory, GPUs and cores would go over this job's own.",
+        f"unset {' '.join(_OF_AN_OUTER_JOB)}",
     ]
     if code is not None:
         lines += [
@@ -383,10 +404,11 @@ def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | 
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
         f'command=({python} -u -m {shlex.quote(args.script)} config="$dump_dir/{CONFIG_FILE}")',
     ]
-    if answers_usr2:
+    if answers_signals:
         lines += [
-            "# SLURM's warning before the end waits until the script is ready to answer it.",
-            'env --block-signal=USR2 true 2> /dev/null && command=(env --block-signal=USR2 "${command[@]}")',
+            "# SLURM's signals before the end wait until the script is ready to answer them.",
+            "env --block-signal=USR2,TERM true 2> /dev/null &&",
+            '  command=(env --block-signal=USR2,TERM "${command[@]}")',
         ]
     if args.stdout:
         lines.append(f'exec {shlex.join(srun)} "${{command[@]}}"')
@@ -617,8 +639,18 @@ class _Undo:
                     path.rmdir()
             if self.aside is not None:
                 self.aside.rename(self.folder)
-        elif self.aside is not None:
-            shutil.rmtree(self.aside)
+        elif kind is not None:
+            self.forget()
+
+    def forget(self) -> None:
+        """Deletes what was put aside, which can take its time, and tells of what cannot be deleted."""
+        if self.aside is not None:
+            try:
+                shutil.rmtree(self.aside)
+            except OSError as error:
+                print(
+                    f"  left over   {shlex.quote(str(self.aside))} ({error.strerror}): delete it yourself", flush=True
+                )
 
 
 # --- submission ----------------------------------------------------------------------------------------------------
@@ -629,15 +661,14 @@ def job_environment(args: StoolArgs) -> dict[str, str]:
     would be told something else than by the script.
     """
     told = {f"SBATCH_{name}" for option, name in _OF_SBATCH.items() if option not in _OPTIONAL or getattr(args, option)}
+    told |= _OF_SBATCH_ALWAYS | (_MEMORY_OF_SBATCH if args.mem else set())
     scratch = scratch_variables()
     kept = {
         name: value
         for name, value in os.environ.items()
         if not _OF_A_LAUNCHER.match(name) and name not in told and scratch.get(name) != value
     }
-    if "SLURM_CONF" in os.environ:
-        kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    return kept
+    return kept | {name: os.environ[name] for name in _OF_SLURM if name in os.environ}
 
 
 def launch_job(args: StoolArgs) -> str | None:
@@ -708,10 +739,12 @@ def launch_job(args: StoolArgs) -> str | None:
     if args.launcher == "bash":
         job = os.environ["SLURM_JOB_ID"]
         tell_of_job(args, job, root, runs)
+        undo.forget()
         run_here(command, root / "logs" / job)
         return job
     with contextlib.suppress(OSError, UnicodeError):  # nobody reads it, but the job is on its way
         tell_of_job(args, job, root, runs)
+    undo.forget()
     return job
 
 
@@ -720,6 +753,11 @@ def count_nodes(args: StoolArgs) -> int:
     if args.launcher == "bash" and "SLURM_JOB_ID" not in os.environ:
         raise ValueError(
             "launcher: bash runs within an allocation; make one with salloc, or submit with launcher=sbatch"
+        )
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if args.launcher == "bash" and step.isdecimal() and int(step) < FIRST_STEP_OF_SLURM:
+        raise ValueError(
+            "launcher: bash within a step of srun would wait for what that step holds; run it in a shell of salloc"
         )
     if args.nodes != -1:
         return args.nodes

@@ -18,6 +18,7 @@ import json
 import logging
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -333,6 +334,8 @@ def _curve_table(curve: list[tuple[int | None, dict[str, float]]]) -> str:
 
 
 def main() -> None:
+    # A job of lingua.stool starts with it blocked, for those that answer it; this ends at once, and so do its workers.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     args = parse_args(EvalArgs)
     world = find_world()
     init_logger(world.rank, world.size)

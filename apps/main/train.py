@@ -738,13 +738,23 @@ def train(args: TrainArgs) -> None:
     set_environment(args.env)
     slurm.use_scratch()
     set_torch_options(args)
+    # Signals are remembered until the job is back in the queue: SLURM may send another one while logs are closed.
+    with contextlib.ExitStack() as signals:
+        run, first_step = finish(args, world, signals)
+        # The checkpoint is whole and the logs are closed, on all ranks: SLURM may end the job.
+        if (run.step < args.steps or run.evaluation_stopped) and world.rank == 0:
+            slurm.requeue(made_progress=run.step > first_step)
+
+
+def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tuple[Run, int]:
+    """Trains what is left to be trained, and closes all but `signals`; the run and the step that it began at."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(
             explaining_memory("data.batch_size, model.*: the run does not fit the memory; make it smaller")
         )
         stack.enter_context(process_group(world, args.distributed.timeout))
         # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
-        stop_signal = stack.enter_context(StopSignal())
+        stop_signal = signals.enter_context(StopSignal())
         watch = stack.enter_context(Watch(args.distributed.timeout, Path(args.dump_dir) / "stacks"))
         with together():
             run = Run(args, world, watch)
@@ -761,9 +771,7 @@ def train(args: TrainArgs) -> None:
                 logger.info("nothing to do")
         else:
             train_from(run, resume_from, stop_signal, stack)
-    # The checkpoint is whole and the logs are closed, on all ranks: SLURM may end the job.
-    if (run.step < args.steps or run.evaluation_stopped) and world.rank == 0:
-        slurm.requeue(made_progress=run.step > first_step)
+    return run, first_step
 
 
 def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stack: contextlib.ExitStack) -> None:

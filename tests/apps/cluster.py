@@ -107,7 +107,7 @@ class Cluster:
             with_names = 'mount --bind "$0" /etc/hosts && exec slurmd -N "$1"'
             self.run("unshare", "--mount", "sh", "-c", with_names, str(self.folder / "hosts"), node)
         nodes = ("sinfo", "--noheader", "--Node", "--format=%N %t")
-        wait_until(lambda: set(self.run(*nodes).splitlines()) == {"n1 idle", "n2 idle"})
+        wait_until(lambda: set(self.run(*nodes).splitlines()) == {"n1 idle", "n2 idle"}, pause=0.1)
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment(), check=False)

@@ -1,5 +1,6 @@
 """stool, training, evaluation, preemption and sweeps on a real SLURM of two nodes (`cluster`)."""
 
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import training
 from cluster import Cluster, running_cluster
 from training import (
     REPOSITORY,
@@ -21,12 +23,14 @@ from training import (
     snapshot,
     start_ranks,
     tiny_config,
-    wait_until,
     write_config,
     write_corpus,
 )
 
 from lingua.stool import StoolArgs, launch_job
+
+# SLURM's commands, a process each time, are not to take the cores from the ranks that are waited for.
+wait_until = functools.partial(training.wait_until, pause=0.1)
 
 HOSTILE = "a b'\"; touch pwned $(touch pwned) `touch pwned` \\ %j # ü*?~!&|<>"
 
@@ -195,6 +199,30 @@ def test_time_limit_and_cancelling(slurm, corpus, tmp_path):
     assert list_steps(run)[-1] > second
     steps = [step for step, _ in read_losses(run)]
     assert steps == list(range(20, steps[-1] + 1, 20))
+
+
+def test_signals_that_come_early_and_late(slurm, corpus, tmp_path):
+    """TERM before the ranks have met, and again while a stopped run ends: each time it is back in the queue once."""
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run) | {"steps": 1_000_000}
+    config["checkpoint"]["dump"]["every"] = 10**9
+    job = launch_job(StoolArgs(config=config, nodes=2, ngpu=1, ncpu=1))
+    log = run / "logs" / job / "rank_1.log"
+    wait_until(log.exists)
+    slurm.run("scancel", "--signal=TERM", job)
+    assert last_step(run) == 0
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1")
+    assert last_step(run) == 0
+    wait_until(lambda: last_step(run) >= 5)
+
+    slurm.run("scancel", "--signal=USR2", job)
+    wait_until(lambda: "saved" in log.with_name("rank_0.log").read_text())
+    while slurm.job(job)["JobState"] == "RUNNING":
+        subprocess.run(["scancel", "--signal=TERM", job], env=slurm.environment(), capture_output=True, check=False)
+    wait_until(lambda: slurm.job(job)["Restarts"] == "2" or in_queue(slurm) == "")
+    assert slurm.job(job)["Restarts"] == "2", logs_of(run)
+    (reached,) = list_steps(run)
+    wait_until(lambda: f"starting at step {reached} of" in log.with_name("rank_0.log").read_text())
 
 
 def test_a_failing_checkpoint_ends_the_job(slurm, corpus, tmp_path):

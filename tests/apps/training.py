@@ -278,11 +278,11 @@ def torchrun(n_ranks: int, argv: list[object]) -> list[object]:
     return ["torch.distributed.run", "--standalone", "--nproc-per-node", n_ranks, "-m", "apps.main.train", *argv]
 
 
-def wait_until(happened: Callable[[], object]) -> None:
+def wait_until(happened: Callable[[], object], pause: float = 0.002) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
+        time.sleep(pause)
 
 
 # --- what a run left -----------------------------------------------------------------------------------------------
