@@ -21,6 +21,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import orjson
 
+from lingua.sources import MAX_LINE_BYTES, parse_document
+
 if TYPE_CHECKING:
     import fsspec
     import pyarrow as pa
@@ -31,8 +33,11 @@ LINES = (".jsonl", ".json", ".ndjson")
 GZIP, ZSTD = tuple(f"{kind}.gz" for kind in LINES), tuple(f"{kind}.zst" for kind in LINES)
 SUFFIXES = PARQUET + LINES + GZIP + ZSTD
 CODECS = dict.fromkeys(GZIP, "gzip") | dict.fromkeys(ZSTD, "zstd")
+# What the library `datasets` writes beside documents.
+METADATA = ("dataset_infos.json", "dataset_info.json")
 
 BLOCK_BYTES = 1 << 20  # read at a time; what fits the processor's cache is split and checked fastest
+BATCH_ROWS = 64  # of parquet read at a time, at most: all may be long
 # A document in work: its bytes, in a buffer that grows by doubling, and as a string of up to 4 bytes a character.
 DOCUMENT_COPIES = 6
 
@@ -86,6 +91,11 @@ class Piece(NamedTuple):
 def suffix_of(path: str) -> str:
     """The one of SUFFIXES that `path` ends in, or an empty string."""
     return next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
+
+
+def holds_documents(name: str) -> bool:
+    """Whether a file of this name, found in a folder, is taken for one of documents."""
+    return bool(suffix_of(name)) and not name.startswith(".") and name not in METADATA
 
 
 def is_remote(path: str) -> bool:
@@ -173,7 +183,7 @@ def _files_below(folder: str) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [os.path.join(here, name) for name in names if suffix_of(name) and not name.startswith(".")]
+        paths += [os.path.join(here, name) for name in names if holds_documents(name)]
     return paths
 
 
@@ -186,7 +196,7 @@ def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
         for folder in matches.keys() - listed.keys():
             inside = system.find(folder, detail=True)
             listed |= inside
-            kept += [path for path in inside if suffix_of(path) and not os.path.basename(path).startswith(".")]
+            kept += [path for path in inside if holds_documents(os.path.basename(path))]
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -214,11 +224,13 @@ def _with_known_suffix(paths: list[str]) -> list[str]:
 def read_part(part: Part, max_document: int) -> Iterator[Piece]:
     """The documents of a part, in order, each checked to be what the loader reads.
 
-    `max_document`: bytes of the longest that memory allows. Raises ValueError that names the file and the line or row.
+    `max_document`: bytes of the longest line that memory allows; none longer than the loader's MAX_LINE_BYTES is read
+    either. Raises ValueError that names the file and the line or row.
     """
+    max_document = min(max_document, MAX_LINE_BYTES)
     try:
         if part.file.is_parquet:
-            yield from _read_parquet(part)
+            yield from _read_parquet(part, max_document)
         elif part.file.is_plain:
             first, last = (part.file.size * number // part.count for number in (part.number, part.number + 1))
             with open_input(part.file.path) as source:
@@ -242,6 +254,10 @@ def _read_compressed(file: InputFile, max_document: int) -> Iterator[Piece]:
                 yield piece._replace(done=min(source.tell() / file.size, 1.0))
         except OSError as error:
             codec = CODECS[file.suffix]
+            if "too much memory" in str(error):
+                raise ValueError(
+                    f"{file.path}: compressed with a window of more than 128 MB (zstd --long); compress it without"
+                ) from None
             raise ValueError(f"{file.path}: cut off or no {codec} file ({error}); get it again") from None
 
 
@@ -283,7 +299,7 @@ def read_lines(
         else:
             begin = 0
         if cut:
-            yield from _lines_in(buffer, begin, cut, file, offset, first, last)
+            yield from _lines_in(buffer, begin, cut, file, offset, first, last, max_document)
             rest = filled - cut
             tail = buffer[cut:filled]
             if len(buffer) > block and rest <= block:
@@ -293,7 +309,14 @@ def read_lines(
 
 
 def _lines_in(
-    buffer: bytearray, begin: int, end: int, file: InputFile, offset: int, first: int, last: int | None
+    buffer: bytearray,
+    begin: int,
+    end: int,
+    file: InputFile,
+    offset: int,
+    first: int,
+    last: int | None,
+    max_document: int,
 ) -> Iterator[Piece]:
     """The documents of the whole lines in `buffer[begin:end]`, which is the file from `offset` + `begin` on."""
     array = np.frombuffer(buffer, np.uint8)
@@ -304,6 +327,8 @@ def _lines_in(
         n_ours = np.searchsorted(starts, last - offset)
         starts, stops = starts[:n_ours], stops[:n_ours]
     places = (starts + offset).astype(np.uint64)
+    if end - begin > max_document and (too_long := np.flatnonzero(stops - starts > max_document)).size:
+        raise _too_long(file, int(places[too_long[0]]), max_document)
     if len(starts) and places[0] == 0 and buffer.startswith(b"\xef\xbb\xbf"):
         starts[0] = 3  # the mark of UTF-8 that some programs write
     returns = array[np.maximum(stops - 2, starts)] == ord("\r")
@@ -342,8 +367,6 @@ def _check_lines(data: memoryview, starts: np.ndarray, stops: np.ndarray, file: 
 
 def _check_slowly(line: bytes, file: InputFile, place: int) -> None:
     """As the loader does, which takes NaN, too, for example, or brackets nested deeper. Raises its ValueError."""
-    from lingua.sources import parse_document
-
     try:
         line.decode()
         parse_document(line, Path("file"), 0)
@@ -384,11 +407,16 @@ def _too_long(file: InputFile, place: int, max_document: int) -> ValueError:
         while end < 0 and (n := source.readinto(block)):
             end = block.find(b"\n", min(max(place - position, 0), n), n)
             position += n
-            length = (position - n + end if end >= 0 else position) - place
-    times = length / max_document
-    return ValueError(
-        f"{file.path}:{line_number(file, place)}: a line of {length / 1e6:,.1f} MB, more than a worker's share of "
-        f"memory allows ({max_document / 1e6:,.1f} MB); give {times + 0.1:.1f} times the memory, or use fewer workers"
+            length = (position - n + end if end >= 0 else position) - place + 1
+    return ValueError(f"{file.path}:{line_number(file, place)}: a line of {_more_than_allowed(length, max_document)}")
+
+
+def _more_than_allowed(length: int, max_document: int) -> str:
+    if length > MAX_LINE_BYTES:
+        return f"{length / 1e6:,.1f} MB, more than the {MAX_LINE_BYTES / 1e6:,.1f} MB that training reads; cut it up"
+    return (
+        f"{length / 1e6:,.1f} MB, more than a worker's share of memory allows ({max_document / 1e6:,.1f} MB); give "
+        f"{length / max_document + 0.1:.1f} times the memory, or use fewer workers"
     )
 
 
@@ -408,7 +436,7 @@ def _open_parquet(file: InputFile, source: IO[bytes]) -> pq.ParquetFile:
         raise ValueError(f"{file.path}: not a parquet file, or cut off ({_short(error)}); get it again") from None
 
 
-def _read_parquet(part: Part) -> Iterator[Piece]:
+def _read_parquet(part: Part, max_document: int) -> Iterator[Piece]:
     file = part.file
     with open_input(file.path) as source, _open_parquet(file, source) as table:
         names = _column_order(file, table.schema_arrow)
@@ -419,11 +447,15 @@ def _read_parquet(part: Part) -> Iterator[Piece]:
         if not n_rows:
             return
         size = sum(table.metadata.row_group(group).total_byte_size for group in range(first, last))
-        batch_rows = max(1, min(10_000, BLOCK_BYTES * n_rows // max(size, 1)))
+        batch_rows = max(1, min(BATCH_ROWS, BLOCK_BYTES * n_rows // max(size, 1)))
         begin = row
         batches = table.iter_batches(batch_rows, row_groups=list(range(first, last)), columns=names, use_threads=False)
-        for batch in _guarded(batches, file):
+        for batch in _in_small_ones(_guarded(batches, file)):
             lines = _rows_as_lines(batch.select(names), file, row)
+            for number, line in enumerate(lines):
+                if len(line) > max_document:
+                    told = _more_than_allowed(len(line), max_document)
+                    raise ValueError(f"{file.path}: row {row + number} (from 0): a document of {told}")
             stops = np.cumsum([len(line) for line in lines])
             starts = np.concatenate([[0], stops[:-1]])
             places = np.arange(row, row + len(lines), dtype=np.uint64)
@@ -442,6 +474,19 @@ def _guarded(batches: Iterator[pa.RecordBatch], file: InputFile) -> Iterator[pa.
         yield from batches
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file.path}: a damaged parquet file ({_short(error)}); get it again") from None
+
+
+def _in_small_ones(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Halves those of more than BLOCK_BYTES: as Python's objects and as JSON their rows take several times as much."""
+    for batch in batches:
+        waiting = [batch]
+        while waiting:
+            first = waiting.pop()
+            if first.num_rows > 1 and first.nbytes > BLOCK_BYTES:
+                half = first.num_rows // 2
+                waiting += [first.slice(half), first.slice(0, half)]
+            else:
+                yield first
 
 
 def _column_order(file: InputFile, schema: pa.Schema) -> list[str]:
@@ -467,9 +512,16 @@ def _rows_as_lines(batch: pa.RecordBatch, file: InputFile, row: int) -> list[byt
         columns = [column.to_pylist() for column in batch.columns]
         if batch.column(0).null_count == 0:
             return [_dump(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-    except (UnicodeDecodeError, orjson.JSONEncodeError):
+    except _errors_of_values():
         pass
     raise _wrong_row(batch, file, row)
+
+
+def _errors_of_values() -> tuple[type[Exception], ...]:
+    """Of bytes that are no UTF-8, dates beyond Python's, time zones that this machine does not know, and others."""
+    import pyarrow as pa
+
+    return ValueError, TypeError, OverflowError, LookupError, pa.ArrowException
 
 
 def _wrong_row(batch: pa.RecordBatch, file: InputFile, row: int) -> ValueError:
@@ -480,10 +532,11 @@ def _wrong_row(batch: pa.RecordBatch, file: InputFile, row: int) -> ValueError:
             try:
                 value = batch.column(position)[number].as_py()
                 _dump({name: value})
-            except (UnicodeDecodeError, orjson.JSONEncodeError) as error:
-                return ValueError(f"{where}: cannot be written as JSON ({_short(error.__cause__ or error)})")
+            except _errors_of_values() as error:
+                remedy = "drop the row" if position == 0 else "drop the column, or write it as text"
+                return ValueError(f"{where}: cannot be written as JSON ({_short(error.__cause__ or error)}); {remedy}")
             if position == 0 and value is None:
-                return ValueError(f"{where}: null; wanted a string")
+                return ValueError(f"{where}: null; wanted a string; drop the row")
     return ValueError(f"{file.path}: rows {row} to {row + batch.num_rows} cannot be written as JSON")
 
 

@@ -19,6 +19,8 @@ the order of the files.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +29,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -95,14 +97,31 @@ class Plan:
         """Whether chunks wait in `stage` until all are whole. To a URL they go as they are made."""
         return not is_remote(self.out)
 
+    def facts(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def _mark(self) -> str:
+        return hashlib.blake2b(json.dumps(self.facts()).encode(), digest_size=4).hexdigest()
+
+    # Folders of this very plan: a job of another one that was given up may still be writing into its own.
+
+    @functools.cached_property
+    def units_folder(self) -> Path:
+        return Path(self.work, f"units-{self._mark}")
+
+    @functools.cached_property
+    def chunks_folder(self) -> Path:
+        return Path(self.stage, f"chunks-{self._mark}")
+
     def unit_file(self, unit: int) -> Path:
-        return Path(self.work, "units", f"{unit:06d}.runs")
+        return self.units_folder / f"{unit:06d}.runs"
 
     def staged(self, chunk: int, suffix: str) -> Path:
-        return Path(self.stage, "chunks", f"{chunk:06d}.{suffix}")
+        return self.chunks_folder / f"{chunk:06d}.{suffix}"
 
     def save(self) -> None:
-        description = {"format": FORMAT, **vars(self)}
+        description = {"format": FORMAT, **self.facts()}
         write_whole(Path(self.work, "plan.json"), json.dumps(description, indent=1).encode())
 
     @classmethod
@@ -236,9 +255,9 @@ class Scatter:
         self.plan = plan
         self.units = plan.units()
         self.file_numbers = {file: number for number, file in enumerate(plan.files)}
-        self.max_document = memory // DOCUMENT_COPIES
-        # Of the rest, sorting takes a part: what reading takes is small beside it.
+        # Sorting takes a part of the rest, or a long document all of it: what reading takes is small beside it.
         self._buffer = np.empty(memory * 6 // 10, dtype=np.uint8)
+        self.max_document = (memory - len(self._buffer)) // DOCUMENT_COPIES
         self._max_documents = len(self._buffer) // MIN_DOCUMENT_BYTES
 
     @staticmethod

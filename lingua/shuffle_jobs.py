@@ -73,6 +73,10 @@ class Resources:
             wanted = enough[-1] if enough else 1
         return min(wanted, n_tasks)
 
+    def least(self, n_workers: int, files: tuple[InputFile, ...]) -> int:
+        """Bytes that so many workers take, however little memory is given."""
+        return self.memory - self._left(n_workers, files) + n_workers * shuffle.MIN_SHARE
+
     def _left(self, n_workers: int, files: tuple[InputFile, ...]) -> int:
         """Of the memory, when all processes have started."""
         n_processes = n_workers + 1 if n_workers > 1 else 1
@@ -255,7 +259,14 @@ def serve(fd: int) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
-            connection.send(("progress", min(done, 0.999), documents))
+            try:
+                connection.send(("progress", min(done, 0.999), documents))
+            except OSError:
+                sys.exit()  # who started this is gone; what is half written goes, too
+
+    def fail(kind: str, message: str) -> None:
+        with contextlib.suppress(OSError):
+            connection.send((kind, message))
 
     try:
         kind, work, share = connection.recv()
@@ -266,11 +277,11 @@ def serve(fd: int) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # who started this is gone
     except (ValueError, OSError) as error:
-        connection.send(("error", " ".join(str(error).split())))
+        fail("error", " ".join(str(error).split()))
     except MemoryError:
-        connection.send(("error", "a worker is out of memory; give less MEMORY, or use fewer workers"))
+        fail("error", "a worker is out of memory; give less MEMORY, or use fewer workers")
     except Exception:
-        connection.send(("crash", f"a worker failed\n{traceback.format_exc()}"))
+        fail("crash", f"a worker failed\n{traceback.format_exc()}")
 
 
 def _load_plan(work: str) -> Plan:
@@ -480,6 +491,10 @@ def _run_locked(
     plan: Plan, resources: Resources, source: dict[str, Any], cluster: Cluster | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     begin(plan, say)
+    n_workers = resources.n_workers(max(len(plan.units()), plan.nchunks), plan.files)
+    if (least := resources.least(n_workers, plan.files)) > resources.memory:
+        fewer = ", or use fewer workers" if n_workers > 1 else ""
+        say(f"MEMORY {resources.memory / 1e9:g}: {n_workers} worker(s) take {least / 1e9:.2f} GB; give that{fewer}")
 
     def work_on(kind: str, pending: list[int], weights: list[float]) -> None:
         with _pass(kind, weights, pending) as on_progress:

@@ -158,9 +158,9 @@ def check_space(plan: Plan, expected: float) -> None:
     """Raises ValueError where the disk has no room for what is not written yet; `expected`: bytes of all documents."""
     if is_publishing(plan):
         return
-    writes = [(plan.work, expected - _bytes_in(Path(plan.work, "units")))]
+    writes = [(plan.work, expected - _bytes_in(plan.units_folder))]
     if plan.is_published_at_once:
-        writes.append((plan.out, expected - _bytes_in(Path(plan.stage, "chunks"))))
+        writes.append((plan.out, expected - _bytes_in(plan.chunks_folder)))
     check_disk(*((folder, max(size, 0.0)) for folder, size in writes))
 
 
@@ -179,10 +179,10 @@ def begin(plan: Plan, say: Callable[[str], None]) -> None:
     if earlier != plan:
         check_no_strangers(plan)
         if earlier is not None:
-            changed = [key for key, value in vars(plan).items() if getattr(earlier, key) != value]
+            changed = [key for key, value in plan.facts().items() if getattr(earlier, key) != value]
             say(f"starting anew: {' and '.join(changed)} changed since the run that was stopped")
         remove_work(plan.work, plan.stage)
-        for folder in (Path(plan.work, "units"), Path(plan.stage, "chunks")):
+        for folder in (plan.units_folder, plan.chunks_folder):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -195,8 +195,8 @@ def begin(plan: Plan, say: Callable[[str], None]) -> None:
 def remove_work(work: str, stage: str) -> None:
     """What was made in the folders, but for the lock; and the folders, where nothing else is in them."""
     for folder in (Path(work), Path(stage)):
-        for name in ("units", "chunks", "jobs"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for made in (*folder.glob("units-*"), *folder.glob("chunks-*"), folder / "jobs"):
+            shutil.rmtree(made, ignore_errors=True)
         for name in ("plan.json", "cuts.json", "publishing"):
             (folder / name).unlink(missing_ok=True)
         for part in folder.glob("*.part"):
@@ -214,7 +214,7 @@ def clear_leftovers(work: str, stage: str) -> None:
 
 def remove_parts(plan: Plan) -> None:
     """What killed workers left. Whoever still writes one finds it gone at the end, and fails."""
-    for folder in (Path(plan.work, "units"), Path(plan.stage, "chunks"), Path(plan.work), Path(plan.stage)):
+    for folder in (plan.units_folder, plan.chunks_folder, Path(plan.work), Path(plan.stage)):
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
 
@@ -250,7 +250,7 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
     if n_validation:
         name = plan.validation_name
         files[name] = {"documents": n_validation, "bytes": validation_bytes}
-        merged = Path(plan.stage, "chunks", "validation")
+        merged = plan.chunks_folder / "validation"
         target = writing(merged) if plan.is_published_at_once else uploading(join(plan.out, name))
         if not (plan.is_published_at_once and Path(plan.out, name).exists()):
             with target as stream:
@@ -267,7 +267,7 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
             f"{out.bytes} came out; remove it and start again"
         )
     # The runs go first, and then all is there that a kill between here and the end needs to end the same way.
-    shutil.rmtree(Path(plan.work, "units"), ignore_errors=True)
+    shutil.rmtree(plan.units_folder, ignore_errors=True)
     manifest = {
         "format": FORMAT,
         "name": plan.name,
@@ -281,7 +281,7 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
         "files": files,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
-    content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
+    content = json.dumps(manifest, indent=1).encode() + b"\n"  # names of files may be no UTF-8
     path = manifest_path(plan.out, plan.name)
     if plan.is_published_at_once:
         write_whole(Path(path), content)

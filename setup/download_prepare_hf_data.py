@@ -32,6 +32,7 @@ from typing import NoReturn
 
 from lingua.args import first_line
 from lingua.documents import (
+    METADATA,
     SUFFIXES,
     USUAL_EXPANSION,
     InputFile,
@@ -55,6 +56,11 @@ class Dataset:
 
     repo: str
     patterns: tuple[str, ...]
+
+    @property
+    def ignored(self) -> list[str]:
+        """Patterns of what is in no dataset a document, unless it is asked for by name."""
+        return [f"{folder}{name}" for name in METADATA if name not in self.patterns for folder in ("", "*/")]
 
 
 CATALOGUE = {
@@ -121,6 +127,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     args = parse()
     cluster = choose_cluster(args)
     memory = int(args.memory * 1e9)
@@ -130,8 +138,9 @@ def main() -> None:
     data_dir = data_dir.rstrip("/") if is_remote(data_dir) else os.path.abspath(os.path.expanduser(data_dir))
     out = join(data_dir, f"{args.name}_shuffled")
     here = Path(args.scratch or data_dir) if args.scratch or not is_remote(data_dir) else temporary_folder(out)
-    work = here.absolute() / f".{args.name}_shuffled.work" if args.scratch or is_remote(out) else Path(out, ".work")
-
+    # Another DATA_DIR with the same scratch folder has work of its own there.
+    own = f".{args.name}_shuffled.{digest_of(out)[:8]}.work"
+    work = here.absolute() / own if args.scratch or is_remote(out) else Path(out, ".work")
     stage = str(work if is_remote(out) else Path(out, ".work"))
     if args.files:
         files = find_files(args.files, exclude=out)
@@ -166,8 +175,15 @@ def main() -> None:
         f"{args.name}: {manifest['documents']:,} documents ({manifest['bytes'] / 1e6:,.1f} MB) in, as many out: "
         f"{manifest['documents'] - n_validation:,} in {args.nchunks} chunks, {n_validation:,} for validation; {out}"
     )
+    if is_remote(data_dir):
+        kept = "" if args.files else f"; the downloaded files are still in {raw}"
+        print(f"{args.name}: training reads folders of the machine that it runs on: copy {out} there{kept}")
+        return
     sources = shlex.quote(f"data.sources={{{args.name}_shuffled: 1}}")
-    print(f"{args.name}: train with {shlex.quote(f'data.root_dir={data_dir}')} {sources}")
+    print(
+        f"{args.name}: train with {shlex.quote(f'data.root_dir={data_dir}')} {sources}, and data.sources.OTHER=0 for "
+        "each other source that the config names"
+    )
 
 
 def choose_cluster(args: argparse.Namespace) -> Cluster | None:
@@ -186,8 +202,11 @@ def choose_cluster(args: argparse.Namespace) -> Cluster | None:
 
 def temporary_folder(out: str) -> Path:
     """The same one each time, so that a run that was stopped goes on."""
-    digest = hashlib.sha256(out.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir(), f"{PROGRAM}-{os.getuid()}-{digest}")
+    return Path(tempfile.gettempdir(), f"{PROGRAM}-{os.getuid()}-{digest_of(out)}")
+
+
+def digest_of(path: str) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------
@@ -213,19 +232,39 @@ def download(dataset: Dataset, source: dict[str, object], raw: Path, out: str | 
         check_disk((str(raw), sum(left.values())), (str(work), text), *([(out, text)] if out else []))
         total = sum(sizes.values())
         print(f"{dataset.repo}: {len(left)} of {len(sizes)} files to get, {total / 1e6:,.1f} MB in all", flush=True)
-        snapshot_download(
-            dataset.repo,
-            repo_type="dataset",
-            revision=commit,
-            allow_patterns=list(dataset.patterns),
-            local_dir=raw,
-            max_workers=DOWNLOAD_WORKERS,
-        )
+        with ended_at_once():
+            snapshot_download(
+                dataset.repo,
+                repo_type="dataset",
+                revision=commit,
+                allow_patterns=list(dataset.patterns),
+                ignore_patterns=dataset.ignored,
+                local_dir=raw,
+                max_workers=DOWNLOAD_WORKERS,
+            )
     left = missing_files(raw, sizes)
     if left:
         raise ValueError(f"{raw}: {next(iter(left))} did not come whole; start again, it goes on")
     write_whole(marker, json.dumps({"source": source, "commit": commit, "files": sizes}, indent=1).encode())
     return listed(raw, sizes)
+
+
+@contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Signals end the process, without waiting for the threads of a download: what they have is kept by the hub's
+    library, which goes on from there.
+    """
+
+    def end(number: int, frame: object) -> None:
+        print(f"\n{PROGRAM}: stopped; start again, it goes on", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def missing_files(raw: Path, sizes: dict[str, int]) -> dict[str, int]:
@@ -257,7 +296,7 @@ def list_repository(dataset: Dataset, revision: str) -> tuple[str, dict[str, int
     commit = api.dataset_info(dataset.repo, revision=revision).sha
     tree = api.list_repo_tree(dataset.repo, recursive=True, revision=commit, repo_type="dataset")
     sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    wanted = list(filter_repo_objects(sizes, allow_patterns=list(dataset.patterns)))
+    wanted = list(filter_repo_objects(sizes, allow_patterns=list(dataset.patterns), ignore_patterns=dataset.ignored))
     patterns = "', '".join(dataset.patterns)
     if not wanted:
         there = ", ".join(list(sizes)[:3]) or "nothing"
@@ -328,7 +367,7 @@ def without_token(message: str) -> str:
 
     for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN", "").strip())):
         message = message.replace(secret, "(the token)")
-    return message
+    return re.sub(r"//[^/@\s]*@", "//", message)  # a name and password within HF_ENDPOINT
 
 
 if __name__ == "__main__":

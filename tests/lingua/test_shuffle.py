@@ -325,19 +325,56 @@ def test_compressed_files_that_are_none(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b'{"text": "plain"}\n')
         with pytest.raises(ValueError, match=rf"{name}: cut off or no (gzip|zstd) file"):
             run(make_plan(tmp_path / name, tmp_path / "out"), ONE, {})
+    # The header of a frame with a window of 1 GiB, and an empty last block.
+    (tmp_path / "wide.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\xa0\x01\x00\x00")
+    with pytest.raises(ValueError, match=r"wide.jsonl.zst: compressed with a window of more than 128 MB"):
+        run(make_plan(tmp_path / "wide.jsonl.zst", tmp_path / "out"), ONE, {})
 
 
 def test_long_documents(tmp_path: Path, little_memory: Callable[[int], Resources]) -> None:
     """Far longer than what is read at a time; and one that memory has no room for."""
     texts = [line("a.jsonl", number, length) for number, length in enumerate((10, 3_000_000, 20, 5_000_000, 30))]
     write_jsonl(tmp_path / "a.jsonl", texts)
-    run(make_plan(tmp_path / "a.jsonl", tmp_path / "out", nchunks=1, n_validation=0), little_memory(31_000_000), {})
+    run(make_plan(tmp_path / "a.jsonl", tmp_path / "out", nchunks=1, n_validation=0), little_memory(76_000_000), {})
     order = expected_order({"a.jsonl": texts})
     assert written(tmp_path / "out")["t.chunk.00.jsonl"] == b"".join(text + b"\n" for text in order)
     for path in (tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"):
         write_jsonl(path, texts)
-        with pytest.raises(ValueError, match=rf"{path.name}:4: a line of 5.0 MB, .* \(3.0 MB\); give 1.8 times"):
-            run(make_plan(path, tmp_path / "other"), little_memory(18_000_000), {})
+        with pytest.raises(ValueError, match=rf"{path.name}:4: a line of 5.0 MB, .* \(3.1 MB\); give 1.7 times"):
+            run(make_plan(path, tmp_path / "other"), little_memory(46_000_000), {})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_documents_longer_than_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of the longest line that it reads, with its line feed, and of one more byte."""
+    write = write_parquet if name.endswith("parquet") else write_jsonl
+    texts = [b'{"text":"%s"}' % (b"x" * number) for number in (10, 4000, 20, 4001)]
+    monkeypatch.setattr("lingua.documents.MAX_LINE_BYTES", len(texts[1]) + 1)
+    write(tmp_path / "fits" / name, texts[:3])
+    run(make_plan(tmp_path / "fits", tmp_path / "out", nchunks=1, n_validation=0), ONE, {})
+    write(tmp_path / "in" / name, texts)
+    where = r"row 3 \(from 0\): a document" if name.endswith("parquet") else "4: a line"
+    with pytest.raises(ValueError, match=rf"{name}: ?{where} of 0.0 MB, more than the 0.0 MB that training reads"):
+        run(make_plan(tmp_path / "in", tmp_path / "out2"), ONE, {})
+
+
+def test_folders(tmp_path: Path) -> None:
+    """Links that lead back, or to what was seen already, repeat nothing; names may be no UTF-8."""
+    names = ["a.jsonl", "sub/b.jsonl", os.fsdecode(b"\xff.jsonl")]
+    for name in names:
+        write_jsonl(tmp_path / "in" / name, lines("f", 20))
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "twice").symlink_to(tmp_path / "in" / "sub")
+    for name in ("dataset_infos.json", "sub/dataset_info.json"):
+        (tmp_path / "in" / name).write_text("{}")
+    assert sorted(Path(file.path).name for file in find_files([str(tmp_path / "in")])) == [
+        "a.jsonl",
+        "b.jsonl",
+        names[2],
+    ]
+    plan = make_plan(tmp_path / "in", tmp_path / "out")
+    for _ in range(2):
+        assert run(plan, ONE, {})["documents"] == 60
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -406,7 +443,15 @@ def test_all_columns_of_parquet(tmp_path: Path) -> None:
         ({"texts": ["a"]}, 'neither "text" nor "content" among its columns'),
         ({"text": [1]}, 'column "text" is of type int64; wanted strings'),
         ({"text": [b"a"]}, 'column "text" is of type binary'),
-        ({"text": ["a"] * 150 + [None]}, r"row 150 \(from 0\), column 'text': null"),
+        ({"text": ["a"] * 150 + [None]}, r"row 150 \(from 0\), column 'text': null; wanted a string; drop the row"),
+        (
+            {"text": ["a"] * 3, "when": pa.array([1, 2**62, None], pa.timestamp("us"))},
+            r"row 1 \(from 0\), column 'when': cannot be written as JSON \(.*\); drop the column, or write it as text",
+        ),
+        (
+            {"text": ["a"] * 3, "when": pa.array([None, 1, 2], pa.timestamp("us", tz="Nowhere/At_all"))},
+            r"row 1 \(from 0\), column 'when': cannot be written as JSON \(.*Nowhere/At_all",
+        ),
         (
             {"text": ["a"] * 151, "raw": [b"a"] * 150 + [b"\xff"]},
             r"row 150 \(from 0\), column 'raw': cannot be written",
@@ -564,6 +609,35 @@ def test_other_memory_goes_on_and_changed_inputs_start_anew(
     assert written(tmp_path / "out") == expected_files(files, 4, 3)
 
 
+def test_jobs_of_a_run_that_was_given_up_write_nothing_into_another(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", lines("a.jsonl", 400))
+    old = make_plan(tmp_path / "in", tmp_path / "out", n_validation=3, unit_bytes=9000)
+    shuffle_output.begin(old, print)
+    job = shuffle.Scatter(old, 100_000)
+    job.run(0, lambda done, documents: None)
+
+    files = {"a.jsonl": lines("a.jsonl", 300)}
+    write_jsonl(tmp_path / "in" / "a.jsonl", files["a.jsonl"])
+    new = make_plan(tmp_path / "in", tmp_path / "out", n_validation=3, unit_bytes=9000)
+    shuffle_output.begin(new, print)
+    for unit in range(2):
+        with pytest.raises(ValueError, match="units-[0-9a-f]{8}: cannot write: No such file or directory"):
+            job.run(unit, lambda done, documents: None)
+    run(new, ONE, {})
+    assert written(tmp_path / "out") == expected_files(files, 4, 3)
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_too_little_memory_is_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", lines("a", 200))
+    for workers, told in ((1, "MEMORY 0.01: 1 worker(s) take 0.06 GB; give that"),
+                          (2, "MEMORY 0.01: 2 worker(s) take 0.18 GB; give that, or use fewer workers")):  # fmt: skip
+        said: list[str] = []
+        plan = make_plan(tmp_path / "in", tmp_path / f"out{workers}")
+        run(plan, Resources(10_000_000, workers), {}, say=said.append)
+        assert said == [told]
+
+
 def test_stopped_while_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"a.jsonl": lines("a.jsonl", 400)}
     write_jsonl(tmp_path / "in" / "a.jsonl", files["a.jsonl"])
@@ -674,7 +748,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(os, "fsync", lambda fd: None)
         begun = shuffle_output.begin
         patch.setattr("lingua.shuffle_jobs.begin", lambda *args: (begun(*args), patch.setattr(os, "fsync", full)))
-        with pytest.raises(ValueError, match="units: cannot write: No space left on device; started again it goes on"):
+        with pytest.raises(ValueError, match="units-[0-9a-f]{8}: cannot write: No space left on device; started again"):
             run(plan, ONE, {})
     assert not list((tmp_path / "out").rglob("*.part"))
     run(plan, ONE, {})
@@ -807,7 +881,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
     while killed_in.total() < 20:
         process = start(*arguments)
         # Not while Python starts, where there would be nothing to lose; and half of them in the second pass.
-        wanted = ("units/*.runs", "chunks/*.json") if killed_in.total() < 10 else ("chunks/*.json",)
+        wanted = ("units-*/*.runs", "chunks-*/*.json") if killed_in.total() < 10 else ("chunks-*/*.json",)
         before = count_files(out / ".work", wanted)
         while process.poll() is None and count_files(out / ".work", wanted) <= before:
             time.sleep(0.002)
@@ -851,8 +925,10 @@ def test_workers_end_when_who_started_them_does(tmp_path: Path) -> None:
     process = start(tmp_path / "in", tmp_path / "out", MEMORY, 2, 1_000_000, 4)
     wait_until(lambda: len(workers_of(process)) == 2)
     workers = workers_of(process)
+    wait_until(lambda: count_files(tmp_path / "out" / ".work", ("units-*/*.part",)))
     process.kill()
-    process.communicate()
+    _, errors = process.communicate()
+    assert errors == ""
     psutil.wait_procs(workers, timeout=20)
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 
@@ -868,6 +944,18 @@ def peaks(process: subprocess.Popen) -> dict[int, int]:
                 most[one.pid] = max(most.get(one.pid, 0), int(found.split()[1]) * 1024 if found else 0)
         time.sleep(0.02)
     return most
+
+
+def test_memory_stays_within_what_is_given_with_long_documents_among_short_ones(tmp_path: Path) -> None:
+    """A parquet file of which a stretch is 1000 times as long as the rest."""
+    texts = ["short"] * 200_000 + ["x" * 200_000] * 600
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", write_batch_size=4)
+    memory = 180_000_000
+    process = start(tmp_path / "in", tmp_path / "out", memory, 1, 1 << 30, 4)
+    most = peaks(process)
+    assert process.wait() == 0, process.stderr.read()
+    assert most.pop(process.pid) < 1.2 * memory  # read all at once: four times as much
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

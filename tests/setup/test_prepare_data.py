@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
@@ -17,7 +18,7 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import Hub
+from hub import Hub, _Handler
 
 from lingua.data import DataArgs, validate_data_args
 
@@ -91,6 +92,7 @@ def test_local_files_to_training(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "500 documents" in result.stdout
     assert "as many out: 495 in 3 chunks, 5 for validation" in result.stdout
+    assert "'data.sources={mine_shuffled: 1}', and data.sources.OTHER=0 for each other source" in result.stdout
     folder = tmp_path / "data" / "mine_shuffled"
     assert sorted(path.name for path in folder.iterdir()) == [
         "mine.chunk.00.jsonl", "mine.chunk.01.jsonl", "mine.chunk.02.jsonl", "mine.manifest.json", "mine.val.jsonl",
@@ -120,10 +122,16 @@ def test_scratch_and_urls(tmp_path: Path) -> None:
             "a", "0.5", "--files", files, "--data_dir", "memory://out", *options, cwd=tmp_path, TMPDIR=str(tmp_path)
         )
         assert result.returncode == 0, result.stderr
-        assert "memory://out/a_shuffled" in result.stdout
+        assert "training reads folders of the machine that it runs on: copy memory://out/a_shuffled" in result.stdout
         assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
+    # One of the same name, for another folder, has ended early in the same scratch folder.
+    (tmp_path / "wrong.jsonl").write_text("wrong")
+    check_fails(run("a", "0.5", "--files", "wrong.jsonl", "--scratch", "tmp", cwd=tmp_path), "wrong.jsonl:1: not a")
+    left = [path.relative_to(tmp_path) for path in tmp_path.glob("tmp/**/*")]
+    assert left
     result = run("a", "0.5", "--files", files, "--data_dir", f"file://{tmp_path}/out", "--scratch", "tmp", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert all((tmp_path / path).exists() for path in left)
     assert sorted(found_texts(tmp_path / "out" / "a_shuffled")) == sorted(texts("a", 300))
 
 
@@ -189,7 +197,7 @@ def test_stopped_it_goes_on(tmp_path: Path, number: signal.Signals, code: int) -
     )
     work = tmp_path / "data" / "x_shuffled" / ".work"
     deadline = time.monotonic() + 60
-    while not list(work.glob("units/*.part")):
+    while not list(work.glob("units-*/*.part")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -290,7 +298,8 @@ def test_what_is_here_is_not_asked_for_again(hub: Hub, prepare: Prepare, tmp_pat
 
 
 def test_any_dataset(hub: Hub, prepare: Prepare, tmp_path: Path) -> None:
-    hub.add("me/words", {"x/0.jsonl": jsonl("x", 50), "y/0.jsonl": jsonl("y", 50), "README.md": b""}, "dataset")
+    files = {"x/0.jsonl": jsonl("x", 50), "y/0.jsonl": jsonl("y", 50), "README.md": b"", "dataset_infos.json": b"{}"}
+    hub.add("me/words", files, "dataset")
     result = prepare("all", "0.5", "--repo", "me/words", "--nchunks", "2")
     assert result.returncode == 0, result.stderr
     assert sorted(found_texts(tmp_path / "data/all_shuffled")) == sorted(texts("x", 50) + texts("y", 50))
@@ -299,7 +308,7 @@ def test_any_dataset(hub: Hub, prepare: Prepare, tmp_path: Path) -> None:
     assert sorted(found_texts(tmp_path / "data/some_shuffled")) == sorted(texts("x", 50))
     check_fails(
         prepare("none", "0.5", "--repo", "me/words", "--pattern", "z/*"),
-        r"me/words: no files like 'z/\*' among its 3 \(README.md, x/0.jsonl, y/0.jsonl",
+        r"me/words: no files like 'z/\*' among its 4 \(README.md, dataset_infos.json, x/0.jsonl",
     )
     check_fails(
         prepare("none", "0.5", "--repo", "me/words", "--pattern", "*.md"), "'README.md' is no file of documents"
@@ -316,6 +325,47 @@ def test_a_download_that_breaks_goes_on(hub: Hub, prepare: Prepare, tmp_path: Pa
     check_fails(prepare(*arguments), "me/words: the hub answers 501: start again later, it goes on")
     assert not (tmp_path / "data" / "words_shuffled").exists()
     hub.heal()
+    result = prepare(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert len(found_texts(tmp_path / "data" / "words_shuffled")) == 250
+
+
+def test_a_download_is_ended_at_once(
+    hub: Hub, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, while files are on their way that do not come."""
+    hub.add("me/words", {f"{number}.jsonl": jsonl(str(number), 50) for number in range(5)}, "dataset")
+    released, send = threading.Event(), _Handler._send_file
+
+    def wait_and_send(handler: _Handler, *arguments: object) -> None:
+        if handler.command == "GET":
+            released.wait(60)
+        send(handler, *arguments)
+
+    monkeypatch.setattr(_Handler, "_send_file", wait_and_send)
+    arguments = ["words", "0.5", "--repo", "me/words", "--nchunks", "2"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, **hub.environment(tmp_path / "home")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not hub.paths(pattern="*/resolve/*"):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=8)
+    finally:
+        process.kill()
+        released.set()
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "download_prepare_hf_data: stopped; start again, it goes on"
     result = prepare(*arguments)
     assert result.returncode == 0, result.stderr
     assert len(found_texts(tmp_path / "data" / "words_shuffled")) == 250
@@ -350,6 +400,11 @@ def test_faults_of_the_hub_and_the_network(hub: Hub, prepare: Prepare, tmp_path:
         hub.heal()
         hub.fail("/api/*", status=status, headers={"Retry-After": "0"})
         check_fails(prepare(*arguments), f"me/words: the hub answers {status}: {message}")
+    hub.heal()
+    hub.fail("/api/*", status=403)
+    with_password = prepare(*arguments, HF_ENDPOINT=hub.url.replace("//", "//me:secret@"))
+    check_fails(with_password, "the token gives no access; ask for it at http://127.0.0.1:.*/datasets/me/words")
+    assert "secret" not in with_password.stdout + with_password.stderr
     assert not (tmp_path / "data").exists()
 
 
