@@ -36,7 +36,7 @@ from lingua.shuffle_output import (
     remove_parts,
     text_bytes,
 )
-from lingua.slurm import partition_minutes, why_waiting
+from lingua.slurm import ask_slurm, partition_minutes, why_waiting
 
 # What a process takes before any data: Python, numpy, orjson; and Arrow with its buffers.
 PROCESS_BYTES, ARROW_BYTES = 48_000_000, 72_000_000
@@ -437,10 +437,11 @@ def _is_gone(job: Any, cluster: Cluster) -> bool:
     """Whether a job neither waits nor runs, as far as is known. Asks the queue: not all clusters keep accounts."""
     if cluster.kind != "slurm":
         return job.done()
-    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={job.job_id.partition('_')[0]}"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    known = listed.returncode == 0 or "Invalid job id" in listed.stderr
-    return known and job.job_id not in listed.stdout.split()
+    try:
+        listed = ask_slurm("squeue", "--noheader", "--array", "--format=%i", f"--jobs={job.job_id.partition('_')[0]}")
+    except OSError as error:
+        return "Invalid job id" in str(error)
+    return job.job_id not in listed.split()
 
 
 def _reason(error: BaseException) -> str:

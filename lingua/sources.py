@@ -38,7 +38,7 @@ def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
     """The files of one source, sorted by name. Raises ValueError where the folder or the files are missing."""
     folder = Path(root_dir) / source
     if not folder.is_dir():
-        raise ValueError(f"data.sources.{source}: no folder '{folder}'")
+        raise ValueError(f"data.sources.{source}: no folder '{folder}' (data.sources.{source}=0 leaves it out)")
     files = sorted(path for path in folder.glob(pattern) if path.is_file())
     if not files:
         raise ValueError(f"data.sources.{source}: no files named {pattern} in '{folder}'")
