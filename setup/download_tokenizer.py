@@ -103,7 +103,12 @@ def fetch(name: str, path: Path, api_key: str | None) -> Tokenizer:
 
 
 def say(line: str) -> None:
-    print(f"download_tokenizer: {line}", flush=True)
+    print(f"download_tokenizer: {without_credentials(line)}", flush=True)
+
+
+def without_credentials(line: str) -> str:
+    """`line` without user and password in its URLs, which HF_ENDPOINT may have (even without https://)."""
+    return re.sub(r"(?<=//)[^/\s]*@|[^/\s]+:[^/\s]+@", "", line)
 
 
 def kind_of(name: str) -> str:
@@ -131,12 +136,19 @@ def fetch_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Path:
     """Download a file into `folder`. Raises ValueError for what the hub or the network say, OSError for the disk."""
     # Here, and not above: it takes a second, and tiktoken's encodings do without.
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
-    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.constants import ENDPOINT, HF_TOKEN_PATH
     from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
     logging.set_verbosity_error()  # its warnings are about attempts that it makes again
-    token = api_key or get_token()
+    try:
+        token = api_key or get_token()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(
+            f"the file of the Hugging Face token, {HF_TOKEN_PATH}, cannot be read ({reason}): mend or remove it, or "
+            "give a token by --api_key or HF_TOKEN"
+        ) from None
     if token and not re.fullmatch(r"[!-~]+", token):
         # An HTTP library would show it in its complaint.
         raise ValueError(f"the token has a space or another character that no token has; copy it from {TOKENS_PAGE}")
@@ -276,7 +288,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ValueError as error:
-        line = " ".join(str(error).split())
+        line = without_credentials(" ".join(str(error).split()))
         for secret in filter(None, (api_key, os.environ.get("HF_TOKEN", "").strip())):
             line = line.replace(secret, "(the token)")
         sys.exit(f"download_tokenizer: {re.sub(r'hf_[A-Za-z0-9]{8,}', '(a token)', line)}")

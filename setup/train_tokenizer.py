@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+import psutil
+
 from lingua.args import check_writable, first_line
 from lingua.sources import parse_document, read_documents
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_tokenizer
@@ -36,6 +38,8 @@ from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_to
 FILE_NAME = "tokenizer.model"
 # The words that there are before any is learned: bytes, and unknown, BOS, EOS or Llama 3's special tokens.
 N_FIXED = {"sp": 256 + 3, "tiktoken": 256 + N_TIKTOKEN_SPECIALS}
+# Bytes of memory that training takes for a byte of text, measured on 20 and 50 MB of Python files.
+MEMORY_FACTORS = {"sp": 14, "tiktoken": 9}
 
 BLOCK_BYTES = 2**20  # of a file, what is taken into the sample as one
 MAX_BLOCKS = 1_000_000  # that are drawn; far more than --max_bytes can need
@@ -43,6 +47,7 @@ TEXT_BYTES = 10_000  # of whole lines of a .txt file, which make one document
 PIECE_CHARS = 4000  # sentencepiece leaves out what is too long, so longer lines are cut
 HELD_OUT_BYTES = 2**20
 HELD_OUT_EVERY = 20  # documents, where there is no validation file
+FULL_ENOUGH = 0.9  # of --max_bytes; from here on a document that does not fit ends the sample
 BEAT_SECONDS = 5
 
 
@@ -73,8 +78,9 @@ class Heartbeat:
 
 @dataclass
 class Corpus:
-    """Files to train on, and those to measure on, if any."""
+    """Files to train on, and those to measure on, if any, out of `sources`."""
 
+    sources: list[Path]
     files: list[Path]
     val_files: list[Path]
     held_out: list[str] = field(default_factory=list)
@@ -82,28 +88,53 @@ class Corpus:
     def sample(self, max_bytes: int, seed: int, heartbeat: Heartbeat) -> Iterator[str]:
         """Documents out of random places of all files, of at most `max_bytes` of text in all, or all there are.
 
-        Where there is no validation file, a few go to `held_out` instead. Reads little more than it gives. Raises
-        ValueError, with file and line, for what is no document.
+        Those that are blank are left out, and so are those longer than what is left of `max_bytes`, which is told.
+        Where there is no validation file, a few go to `held_out` instead. Reads little more than it gives and
+        leaves out. Raises ValueError, with file and line, for what is no document, and if there is no text, or none
+        that fits.
         """
+        room = 0 if self.val_files else HELD_OUT_BYTES
+        number = n_too_long = 0
+        shortest = sys.maxsize
+        for text in self._in_random_order(max_bytes, seed):
+            if not text or text.isspace():
+                continue
+            size = len(text.encode())
+            if heartbeat.n_bytes + size > max_bytes:
+                if heartbeat.n_bytes >= FULL_ENOUGH * max_bytes:
+                    break
+                n_too_long += 1
+                shortest = min(shortest, size)
+                continue
+            heartbeat.n_bytes += size
+            number += 1
+            if number % HELD_OUT_EVERY == 0 and size <= room:
+                room -= size
+                self.held_out.append(text)
+            else:
+                yield text
+        if n_too_long and not number:
+            raise ValueError(
+                f"--max_bytes {max_bytes}: no document fits, the shortest of which has {shortest} bytes; "
+                f"take {shortest} or more"
+            )
+        if not number:
+            raise ValueError(
+                f"no text in {', '.join(map(str, self.sources))}: all files are empty or hold only blank documents; "
+                'wanted a line {"text": "..."} for each document in a .jsonl file, or plain text in a .txt file'
+            )
+        if n_too_long:
+            say(f"documents left out, as longer than what was left of --max_bytes {max_bytes}: {n_too_long}")
+
+    def _in_random_order(self, max_bytes: int, seed: int) -> Iterator[str]:
+        """All documents, those of a block of a file together."""
         block_bytes = max(4096, min(BLOCK_BYTES, max_bytes // 256))
         n_blocks = [-(-file.stat().st_size // block_bytes) for file in self.files]
         firsts = list(accumulate(n_blocks, initial=0))
-        room = 0 if self.val_files else HELD_OUT_BYTES
-        number = 0
         for block in random.Random(seed).sample(range(firsts[-1]), min(firsts[-1], MAX_BLOCKS)):
             which = bisect_right(firsts, block) - 1
             start = (block - firsts[which]) * block_bytes
-            for text in read_block(self.files[which], start, start + block_bytes):
-                size = len(text.encode())
-                if heartbeat.n_bytes + size > max_bytes:
-                    return
-                heartbeat.n_bytes += size
-                number += 1
-                if number % HELD_OUT_EVERY == 0 and size <= room:
-                    room -= size
-                    self.held_out.append(text)
-                else:
-                    yield text
+            yield from read_block(self.files[which], start, start + block_bytes)
 
     def to_measure_on(self) -> tuple[list[str], str]:
         """Up to a megabyte of documents that were not trained on, and words for what they are."""
@@ -148,46 +179,66 @@ def find_corpus(sources: list[Path]) -> Corpus:
             raise ValueError(f"{source}: a folder with no .jsonl or .txt files to train on{hint}")
         val_files |= dict.fromkeys(validation)
         files |= dict.fromkeys(path for path in found if path not in validation)
-    return Corpus(list(files), list(val_files))
+    return Corpus(sources, list(files), list(val_files))
 
 
 def read_block(path: Path, start: int, stop: int) -> Iterator[str]:
-    """The documents whose first byte is among `start` .. `stop`-1 of a file; of a .txt file, some lines at a time."""
+    """The documents whose first byte is among `start` .. `stop`-1 of a file; of a .txt file, some lines at a time.
+
+    Raises ValueError, with file and line, for what is no document or no UTF-8.
+    """
     with open(path, "rb") as file:
-        # The byte before tells whether a line starts at `start`. If none does, it is the block's before.
+        # The byte before tells whether a line starts at `start`. If none does, it is the block's before. A line that
+        # reaches beyond this block is not read on: its other blocks would do the same.
         file.seek(max(start - 1, 0))
-        place = file.tell() + len(file.readline()) if start else 0
+        place = file.tell() + len(file.readline(stop - file.tell())) if start else 0
         lines: list[bytes] = []
         size = 0
         while place < stop:
             line = file.readline()
             if not line:
                 break
+            place += len(line)
             if path.suffix == ".txt":
                 lines.append(line)
                 size += len(line)
                 if size >= TEXT_BYTES:
-                    yield b"".join(lines).decode("utf-8", "replace")
+                    yield decode(b"".join(lines), path, place - size)
                     lines, size = [], 0
             elif not line.isspace():
-                yield clean(parse_line(line, path, place))
-            place += len(line)
+                yield clean(parse_line(line, path, place - len(line)))
         if lines:
-            yield b"".join(lines).decode("utf-8", "replace")
+            yield decode(b"".join(lines), path, place - size)
+
+
+def decode(data: bytes, path: Path, place: int) -> str:
+    """The text of some lines of a .txt file, the first of which begins at byte `place`."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place += error.start
+        raise ValueError(
+            f"{path}:{line_number(path, place)}: no UTF-8 (0x{data[error.start]:02x} at byte {place}); convert the "
+            "file, as with `iconv -f latin1 -t utf-8` if it is Latin-1"
+        ) from None
 
 
 def parse_line(line: bytes, path: Path, place: int) -> str:
     try:
         return parse_document(line, path, 0)
     except ValueError:
-        # Only now is the line's number worth reading all that stands before it.
-        with open(path, "rb") as file:
-            number = 1
-            while place > 0:
-                part = file.read(min(place, BLOCK_BYTES))
-                number += part.count(b"\n")
-                place -= len(part)
-        return parse_document(line, path, number)
+        return parse_document(line, path, line_number(path, place))
+
+
+def line_number(path: Path, place: int) -> int:
+    """Of the line that byte `place` is in, from 1. It takes reading all that stands before."""
+    with open(path, "rb") as file:
+        number = 1
+        while place > 0:
+            part = file.read(min(place, BLOCK_BYTES))
+            number += part.count(b"\n")
+            place -= len(part)
+    return number
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> bytes:
@@ -201,7 +252,8 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartb
             for line in (line for text in texts for line in text.split("\n")):
                 yield from (line[start : start + PIECE_CHARS] for start in range(0, len(line), PIECE_CHARS))
         except (ValueError, OSError) as error:
-            unreadable.append(error)  # which sentencepiece would make a RuntimeError of
+            unreadable.append(error)  # which sentencepiece makes a RuntimeError of
+            raise
         heartbeat.doing = "training"
 
     model = io.BytesIO()
@@ -233,15 +285,13 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartb
             raise unreadable[0] from None
         # It tells the numbers, in words of its own and with the place in its source.
         if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
-            raise ValueError(too_little_text(vocab_size, int(found[1]))) from None
+            raise ValueError(too_little_text("sp", vocab_size, int(found[1]))) from None
         if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise ValueError(
                 f"--vocab_size {vocab_size}: too small for this text, whose characters are words, too; "
                 f"take {found[1]} or more"
             ) from None
         raise ValueError(f"sentencepiece cannot train on this text: {first_line(error)}") from None
-    if unreadable:
-        raise unreadable[0]
     return model.getvalue()
 
 
@@ -276,7 +326,7 @@ def train_ranks(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> 
     trained.train_from_iterator(all_texts(), trainer)
     n_words = trained.get_vocab_size() + N_TIKTOKEN_SPECIALS
     if n_words < vocab_size:
-        raise ValueError(too_little_text(vocab_size, n_words))
+        raise ValueError(too_little_text("tiktoken", vocab_size, n_words))
 
     # The library writes a byte as a visible character: of Latin-1 as that itself, others in order from U+0100 on.
     others = (char for char in alphabet if ord(char) >= 256)
@@ -286,7 +336,9 @@ def train_ranks(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> 
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-def too_little_text(vocab_size: int, possible: int) -> str:
+def too_little_text(kind: str, vocab_size: int, possible: int) -> str:
+    if possible <= N_FIXED[kind]:
+        return f"--vocab_size {vocab_size}: this text is too little to learn any word from; more text is needed"
     return (
         f"--vocab_size {vocab_size}: this text has {possible} words at the most; take {possible} or less, or more text"
     )
@@ -307,18 +359,11 @@ def train(kind: str, sources: list[Path], vocab_size: int, out: Path, max_bytes:
     corpus = find_corpus(sources)
     check_writable("--out", out, needed=64 * vocab_size)
 
-    say(f"files: {len(corpus.files)}, {sum(file.stat().st_size for file in corpus.files) / 1e6:,.1f} MB")
+    n_bytes = sum(file.stat().st_size for file in corpus.files)
+    say(f"files: {len(corpus.files)}, {n_bytes / 1e6:,.1f} MB")
+    warn_of_memory(kind, min(n_bytes, max_bytes))
     with Heartbeat() as heartbeat:
-        texts = corpus.sample(max_bytes, seed, heartbeat)
-        first = next(texts, None)
-        if first is None:
-            raise ValueError(f"no text in {', '.join(map(str, sources))} (within --max_bytes {max_bytes})")
-
-        def with_first() -> Iterator[str]:
-            yield first
-            yield from texts
-
-        content = TRAINERS[kind](with_first(), vocab_size, heartbeat)
+        content = TRAINERS[kind](corpus.sample(max_bytes, seed, heartbeat), vocab_size, heartbeat)
         out.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{FILE_NAME}.part")
         part.write_bytes(content)
@@ -336,8 +381,18 @@ def train(kind: str, sources: list[Path], vocab_size: int, out: Path, max_bytes:
     say(f"train with data.tokenizer.name={kind} {shlex.quote(f'data.tokenizer.path={path}')}")
 
 
+def warn_of_memory(kind: str, n_bytes: int) -> None:
+    """Says so if training on `n_bytes` of text may take more memory than this machine has left."""
+    wanted, available = MEMORY_FACTORS[kind] * n_bytes, psutil.virtual_memory().available
+    if wanted > available:
+        say(
+            f"warning: {kind} may take {wanted / 1e9:,.1f} GB of memory for {n_bytes / 1e9:,.2f} GB of text, and "
+            f"{available / 1e9:,.1f} GB are available; --max_bytes {available // MEMORY_FACTORS[kind]} would fit"
+        )
+
+
 def number_of_bytes(value: str) -> int:
-    return int(float(value))
+    return int(min(float(value), sys.maxsize))  # inf: all there is
 
 
 def main() -> None:
@@ -357,7 +412,8 @@ def main() -> None:
         "--max_bytes",
         type=number_of_bytes,
         default=10**9,
-        help="of text to train on; more is sampled evenly. sp takes about 9 times this in memory (default: 1e9)",
+        help="of text to train on; more is sampled evenly (default: 1e9). sp takes 9 to 14 times as much memory, "
+        "tiktoken 2 to 9 times; for text without spaces between words, such as Chinese, 40 and 110 times",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     args = parser.parse_args()

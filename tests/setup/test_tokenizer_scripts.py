@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -259,6 +260,18 @@ def test_the_token_is_that_of_the_argument_else_of_the_variable_else_of_the_logi
         assert hub.authorizations() == {f"Bearer {sent}"}
 
 
+@pytest.mark.parametrize(("content", "reason"), [(None, "Is a directory"), (b"\xff", "can't decode byte 0xff")])
+def test_the_login_s_token_that_cannot_be_read(hub, tmp_path, content, reason):
+    file = tmp_path / "home/token"
+    file.parent.mkdir()
+    file.write_bytes(content) if content else file.mkdir()
+    message = one_line(download(hub, tmp_path, "llama3", "out"))
+    assert message.startswith(f"the file of the Hugging Face token, {file}, cannot be read (")
+    assert reason in message
+    assert message.endswith("mend or remove it, or give a token by --api_key or HF_TOKEN")
+    assert everything_in(tmp_path) == ["home", "home/token"]
+
+
 @pytest.mark.parametrize(
     ("token", "said"),
     [
@@ -301,6 +314,15 @@ def test_no_network(hub, tmp_path):
     assert "check the network" in message
     assert "HF_HUB_OFFLINE is set" in one_line(download(hub, tmp_path, "llama3", "out", HF_HUB_OFFLINE="1"))
     assert everything_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("endpoint", ["http://me:s3@cret@127.0.0.1:9", "me:s3cret@127.0.0.1:9"])
+def test_user_and_password_of_the_endpoint_are_not_shown(hub, tmp_path, endpoint):
+    result = download(hub, tmp_path, "llama3", "out", HF_ENDPOINT=endpoint)
+    shown = endpoint.replace(endpoint.removeprefix("http://").rpartition("@")[0] + "@", "")
+    assert f"no connection to {shown} (" in one_line(result)
+    assert f"original/tokenizer.model, from {shown}\n" in result.stdout
+    assert "cret" not in result.stdout + result.stderr
 
 
 def test_a_connection_that_breaks_off(hub, tmp_path, llama3):
@@ -632,11 +654,80 @@ def test_a_sample_is_even_and_as_large_as_asked(train_script, tmp_path):
     assert sample(200_000, 1) != (texts, held_out)
 
 
+def test_documents_that_do_not_fit_the_sample_are_left_out_and_told(train_script, tmp_path, capsys):
+    texts = [f"{number:04d} " + "x" * (2000 if number % 10 == 0 else 85) for number in range(400)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    corpus = train_script.find_corpus([tmp_path])
+    found = [*corpus.sample(1800, 0, train_script.Heartbeat()), *corpus.held_out]
+    assert [len(text) for text in found] == [90] * len(found)
+    assert 0.9 * 1800 <= 90 * len(found) <= 1800
+    said = capsys.readouterr().out.strip()
+    assert re.fullmatch(r".*left out, as longer than what was left of --max_bytes 1800: [1-9]\d*", said)
+    # With room for all, none is.
+    corpus = train_script.find_corpus([tmp_path])
+    found = [*corpus.sample(10**6, 0, train_script.Heartbeat()), *corpus.held_out]
+    assert sorted(found) == texts
+    assert capsys.readouterr().out == ""
+
+
+def test_empty_documents_are_not_counted(train_script, tmp_path):
+    texts = [text for number in range(19) for text in (str(number), *[""] * 20, " \n")]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "b.txt").write_text("\n" * 100)
+    corpus = train_script.find_corpus([tmp_path])
+    found = list(corpus.sample(10**6, 0, train_script.Heartbeat()))
+    assert sorted(found, key=int) == [str(number) for number in range(19)]
+    # It would be the 20th document.
+    assert corpus.held_out == []
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_a_long_line_is_read_about_once(train_script, tmp_path, monkeypatch, suffix):
+    class Counted(io.BufferedReader):
+        n_bytes = 0
+
+        def readline(self, size: int = -1) -> bytes:
+            line = super().readline(size)
+            Counted.n_bytes += len(line)
+            return line
+
+    monkeypatch.setattr(train_script, "open", lambda path, mode: Counted(io.FileIO(path)), raising=False)
+    path = tmp_path / f"file.{suffix}"
+    write_jsonl(path, ["a", "b" * 200_000, "c"])
+    size = path.stat().st_size
+    found = [text for start in range(0, size, 1000) for text in train_script.read_block(path, start, start + 1000)]
+    assert len(found) == (3 if suffix == "jsonl" else 2)
+    assert Counted.n_bytes < 3 * size
+
+
+def test_too_little_memory_is_told_before_work_begins(train_script, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_script.psutil, "virtual_memory", lambda: SimpleNamespace(available=14_000))
+    train_script.train("sp", [corpus / "alpha"], 600, tmp_path, 10**9, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("train_tokenizer: warning: sp may take 0.0 GB of memory for ")
+    assert lines[1].endswith("; --max_bytes 1000 would fit")
+    assert build_tokenizer("sp", str(tmp_path / "tokenizer.model")).n_words == 600
+
+
+@pytest.mark.parametrize(("kind", "vocab_size"), [("sp", 300), ("tiktoken", 530)])
+def test_text_without_spaces_comes_back(train_script, tmp_path, kind, vocab_size):
+    rng = random.Random(0)
+    texts = ["中文" * 3000, *("".join(rng.choices("中文日本語記憶層表值", k=200)) + "。\n" for _ in range(20))]
+    content = train_script.TRAINERS[kind](iter(texts), vocab_size, train_script.Heartbeat())
+    (tmp_path / "model").write_bytes(content)
+    tokenizer = build_tokenizer(kind, str(tmp_path / "model"))
+    for text in ("中文", "中文" * 20_000, "中文 " * 100, "文" * 9999 + " a\n", *texts):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("中文" * 20_000)) <= 20_000
+
+
 def test_long_work_says_so(train_script, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_script, "BEAT_SECONDS", 0.001)
     for kind in train_script.TRAINERS:
         train_script.train(kind, [corpus / "alpha"], 600, tmp_path / kind, 10**9, 0)
-        assert "train_tokenizer: training, 0 MB of text, 0 s" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "train_tokenizer: training, 0 MB of text, 0 s" in said
+        assert "warning" not in said
 
 
 @pytest.mark.parametrize(
@@ -649,8 +740,16 @@ def test_long_work_says_so(train_script, corpus, tmp_path, monkeypatch, capsys):
         ("sp", ["bad.jsonl"], "bad.jsonl:3: not a line of JSON"),
         ("tiktoken", ["bad.jsonl"], "bad.jsonl:3: not a line of JSON"),
         ("sp", ["keys.jsonl"], 'keys.jsonl:1: neither "text" nor "content"'),
-        ("sp", ["blank.jsonl"], "no text in blank.jsonl"),
-        ("tiktoken", ["blank.jsonl"], "no text in blank.jsonl"),
+        ("sp", ["blank.jsonl", "hollow"], "no text in blank.jsonl, hollow: all files are empty or hold only blank"),
+        ("tiktoken", ["blank.jsonl", "hollow"], 'wanted a line {"text": "..."} for each document in a .jsonl file'),
+        ("sp", ["latin1.txt"], "latin1.txt:2: no UTF-8 (0xe9 at byte 15); convert the file, as with `iconv -f latin1"),
+        ("tiktoken", ["latin1.txt"], "latin1.txt:2: no UTF-8 (0xe9 at byte 15)"),
+        (
+            "sp",
+            ["good.jsonl", "--max_bytes", "100"],
+            "--max_bytes 100: no document fits, the shortest of which has 322 bytes; take 322",
+        ),
+        ("tiktoken", ["little.txt"], "--vocab_size 600: this text is too little to learn any word from"),
         ("sp", ["good.jsonl", "--vocab_size", "259"], "--vocab_size 259: 259 words are there before any is learned"),
         ("tiktoken", ["good.jsonl", "--vocab_size", "512"], "--vocab_size 512: 512 words are there before any"),
         ("sp", ["good.jsonl", "--vocab_size", "265"], "--vocab_size 265: too small for this text"),
@@ -667,6 +766,10 @@ def test_what_cannot_work_is_told_in_one_line(tmp_path, kind, arguments, said):
         (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{\n')
         (tmp_path / "keys.jsonl").write_text('{"txt": "a"}\n')
         (tmp_path / "blank.jsonl").write_text("\n\n")
+        write_jsonl(tmp_path / "hollow/a.jsonl", ["", " \n"])
+        (tmp_path / "hollow/b.txt").write_text("")
+        (tmp_path / "latin1.txt").write_bytes("ascii\nnaive caf\xe9\n".encode("latin1"))
+        (tmp_path / "little.txt").write_text("a")
         write_jsonl(tmp_path / "good.jsonl", [prose(number, 50) for number in range(10)])
     before = everything_in(tmp_path)
     message = one_line(train(tmp_path, kind, "--vocab_size", 600, "--out", "out", *arguments))
