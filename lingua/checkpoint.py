@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -110,6 +110,7 @@ class CheckpointManager:
         data_rank: the number under which this rank writes its training state, None where another rank writes the same.
         timeout: seconds without an answer from another rank after which saving in the background fails.
         run: the run's dump_dir. Of a `path` outside of it nothing is removed but what this run has written.
+        find_awaited: which of these steps somebody still waits to read, so that retention leaves them for now.
     """
 
     def __init__(
@@ -120,8 +121,9 @@ class CheckpointManager:
         data_rank: int | None = 0,
         timeout: int = 600,
         run: Path | None = None,
+        find_awaited: Callable[[list[int]], set[int]] = lambda _: set(),
     ):
-        self.args = args
+        self.args, self.find_awaited = args, find_awaited
         self.path, self.run = path, run
         self.rank, self.data_rank = rank, data_rank
         self.timeout = timedelta(seconds=timeout)
@@ -285,8 +287,8 @@ class CheckpointManager:
     def _retain(self, newest: int) -> None:
         """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds.
 
-        One that was found damaged counts for none. One that cannot be removed is no reason to end a run: it stays, with
-        a warning.
+        One that was found damaged counts for none. One that somebody waits for goes when a later one is saved. One that
+        cannot be removed is no reason to end a run: it stays, with a warning.
         """
         steps = [int(folder.name) for folder in list_checkpoints(self.path) if int(folder.name) <= newest]
         evals = [step for step in steps if self.args.eval.is_due(step)]
@@ -294,7 +296,11 @@ class CheckpointManager:
         kept = {newest}
         for kind, keep in ((dumps, self.args.dump.keep), (evals, self.args.eval.keep)):
             kept.update(kind if keep <= 0 else [step for step in kind if step not in self._damaged][-keep:])
-        for step in sorted(set(steps) - kept - self._left):
+        given_up = sorted(set(steps) - kept - self._left)
+        awaited = self.find_awaited(given_up) if given_up else set()
+        for step in given_up:
+            if step in awaited:
+                continue
             try:
                 self._move_away(step)
                 _remove(self._places(step)[2])

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -116,21 +117,18 @@ def ask_slurm(*command: str, environment: dict[str, str] | None = None, patience
         for name, value in (os.environ if environment is None else environment).items()
         if not name.startswith(("SQUEUE_", "SINFO_", "SCONTROL_")) and name != "SLURM_TIME_FORMAT"
     }
+    # SLURM sends a job's signals to all its processes: the command, which inherits the mask, is not to end by one.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
     try:
-        # In a session of its own: the signals that SLURM sends to a job are not for it.
         result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=patience,
-            stdin=subprocess.DEVNULL,
-            env=variables,
-            start_new_session=True,
+            command, capture_output=True, text=True, timeout=patience, stdin=subprocess.DEVNULL, env=variables
         )
     except FileNotFoundError:
         raise OSError(f"{command[0]}: not on the PATH of this machine") from None
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]}: no answer within {patience:g} s") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if result.returncode:
         said = re.sub(rf"({command[0]}: )?(error|fatal): ", "", " ".join(result.stderr.split()))
         raise OSError(f"{command[0]}: {said or f'exit code {result.returncode}'}")

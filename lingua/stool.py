@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ ROOM_FOR_FILES = 2**23
 
 # Variables of the job or launcher that stool itself runs in, which the new job must not take for its own.
 _OF_A_LAUNCHER = re.compile(
-    r"(SLURM(D|STEPD)?_|SRUN_|TORCHELASTIC_|PMI|OMPI_)|(ENVIRONMENT|RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|WORLD_SIZE"
+    r"(SLURM(D|STEPD)?_|SRUN_|STOOL_|TORCHELASTIC_|PMI|OMPI_)|(ENVIRONMENT|RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|WORLD_SIZE"
     r"|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES"
-    r"|GPU_DEVICE_ORDINAL|STOOL_LOGS|STOOL_TERMINAL)$"
+    r"|GPU_DEVICE_ORDINAL)$"
 )
 # Of srun's variables, those that speak of a job's resources.
 _OF_AN_OUTER_JOB = (
@@ -94,6 +94,8 @@ FIRST_STEP_OF_SLURM = 4294967290
 _OF_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 # Those of them that only count where the key is set.
 _OPTIONAL = ("mem", "account", "qos", "constraint", "exclude")
+# Of them, those that SLURM does not tell a job: it has them as STOOL_MEM and so on, for jobs that it submits itself.
+FOR_JOBS_WITHIN = ("mem", "constraint", "exclude")
 
 
 @dataclass
@@ -167,7 +169,7 @@ def args_of_script(script: str) -> type | None:
         spec = None
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"script: there is no module '{script}' (from {os.getcwd()}); wanted one such as apps.main.train"
+            f"script: there is no module {script!r} (from {os.getcwd()}); wanted one such as apps.main.train"
         )
     if not re.search(r"^ARGS = \w", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE):
         return None
@@ -238,7 +240,7 @@ def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
 def validate_stool_args(args: StoolArgs) -> None:
     """Raises ValueError, one line that names the key."""
     if args.launcher not in ("sbatch", "bash"):
-        raise ValueError(f"launcher: '{args.launcher}' is neither sbatch nor bash")
+        raise ValueError(f"launcher: {args.launcher!r} is neither sbatch nor bash")
     for name, least in (("ngpu", 0), ("ncpu", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be {least} or more")
@@ -325,7 +327,7 @@ def find_environment(environment: str) -> Path:
             prefix = names.get(environment, prefix)
     if not os.access(prefix / "bin" / "python", os.X_OK):
         raise ValueError(
-            f"anaconda: '{environment}' is neither a folder with bin/python nor an environment that conda has"
+            f"anaconda: {environment!r} is neither a folder with bin/python nor an environment that conda has"
         )
     return prefix
 
@@ -394,6 +396,8 @@ def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | 
         *activation(prefix),
         "# What an interactive job around sbatch has said of memory, GPUs and cores would go over this job's own.",
         f"unset {' '.join(_OF_AN_OUTER_JOB)}",
+        "# For jobs that this one submits.",
+        *(f"export STOOL_{name.upper()}={shlex.quote(getattr(args, name))}" for name in FOR_JOBS_WITHIN),
     ]
     if code is not None:
         lines += [
@@ -451,18 +455,26 @@ def script_of(folder: Path) -> str | None:
     return None
 
 
+def list_jobs(folders: Iterable[Path], inside: bool = False, patience: float = PATIENCE) -> dict[Path, set[str]]:
+    """For each folder the numbers of its jobs (`inside`: and of those of folders in it) that wait or run.
+
+    Raises OSError where SLURM does not answer within `patience` seconds.
+    """
+    listed = ask_slurm("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o", patience=patience)
+    rows = [row.partition(" ") for row in listed.splitlines()]
+    commands = [(job, Path(command).resolve()) for job, _, command in rows]
+    jobs = {}
+    for folder in folders:
+        script, whole = (folder / SCRIPT_FILE).resolve(), folder.resolve()
+        jobs[folder] = {job for job, path in commands if path == script or (inside and path.is_relative_to(whole))}
+        if "\n" in str(folder) and str(folder / SCRIPT_FILE) in listed:
+            jobs[folder].add("(see squeue)")
+    return jobs
+
+
 def check_no_job(folder: Path, inside: bool) -> None:
     """Raises ValueError where a job of this folder (`inside`: or of one in it) is in the queue or runs."""
-    listed = ask_slurm("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o")
-    script = (folder / SCRIPT_FILE).resolve()
-    jobs = set()
-    for line in listed.splitlines():
-        job, _, command = line.partition(" ")
-        path = Path(command).resolve()
-        if path == script or (inside and path.is_relative_to(folder.resolve())):
-            jobs.add(job)
-    if "\n" in str(folder) and str(folder / SCRIPT_FILE) in listed:
-        jobs.add("(see squeue)")
+    jobs = list_jobs([folder], inside)[folder]
     if jobs:
         first = min(jobs)
         raise ValueError(
@@ -728,9 +740,9 @@ def launch_job(args: StoolArgs) -> str | None:
                 job = ask_slurm(command[0], "--parsable", *command[1:], environment=job_environment(args))
             except TimeoutError as error:
                 raise OSError(f"{error}; the job may have been submitted all the same, see squeue") from None
-            except OSError:
+            except OSError as error:
                 undo.keep = False
-                raise
+                raise OSError(f"{error} (asked for {asked_for(args, limit)})") from None
             # Around its number a site's own wrapper of sbatch may say something.
             numbers = re.findall(r"^(\d+)(?:;.*)?$", job.strip(), re.MULTILINE)
             if not numbers:
@@ -746,6 +758,13 @@ def launch_job(args: StoolArgs) -> str | None:
         tell_of_job(args, job, root, runs)
     undo.forget()
     return job
+
+
+def asked_for(args: StoolArgs, limit: int | str | None) -> str:
+    """What SLURM has refused, by the names of stool's keys."""
+    asked = {name: getattr(args, name) for name in ("partition", "nodes", "ngpu", "ncpu")} | {"time": limit}
+    asked |= {name: getattr(args, name) for name in _OPTIONAL}
+    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in asked.items() if value not in ("", None))
 
 
 def count_nodes(args: StoolArgs) -> int:

@@ -8,6 +8,8 @@
 Writes `results.json`, `validation.json`, `slot_reads.parquet` (what of them was asked for) and `config.yaml` into
 dump_dir (for latest and all: dump_dir/evals/<step>), and appends to `metrics.eval.jsonl` and `metrics.validation.jsonl`
 in metric_log_dir. Training calls `evaluate_checkpoint` with the ranks that it has.
+
+A SLURM job that is preempted (TERM) begins its evaluation anew; at its time limit it ends without results.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from apps.main.generate import (
 )
 from apps.main.transformer import count_parameters
 from apps.main.validation import (
+    EvaluationStopped,
     ValidationArgs,
     run_validation,
     validate_validation_args,
@@ -44,7 +47,7 @@ from apps.main.validation import (
 from lingua import slurm
 from lingua.args import check_writable, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
-from lingua.distributed import find_world, from_first_rank, process_group, run_main, together
+from lingua.distributed import StopSignal, find_world, from_first_rank, process_group, run_main, together
 from lingua.logger import init_logger
 from lingua.metrics import MetricsLogger, start_wandb, validate_wandb_args
 from lingua.sources import VALIDATION_FILES
@@ -273,11 +276,11 @@ def flat_metrics(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def launch_eval(args: EvalArgs) -> dict[str, Any]:
+def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
     """Evaluates as `args` say, all checkpoints that `ckpt_dir` stands for, and returns what the last one has given.
 
     Under torchrun all ranks call it, within their process group. Raises ValueError for arguments, checkpoints, tasks
-    and data that cannot work.
+    and data that cannot work, and EvaluationStopped where `should_stop` says so on any rank.
     """
     rank = find_world().rank
     with together():
@@ -305,7 +308,7 @@ def launch_eval(args: EvalArgs) -> dict[str, Any]:
             done = several and from_first_rank(is_done(each))
             if several:
                 logger.info("%s of %s: %s%s", number, len(checkpoints), each.dump_dir, " is there" if done else "")
-            found = _read_found(each) if done else evaluate_checkpoint(each)
+            found = _read_found(each) if done else evaluate_checkpoint(each, should_stop)
             if rank == 0:
                 curve.append((each.global_step, flat_metrics(found)))
                 if wandb_run is not None:
@@ -334,14 +337,23 @@ def _curve_table(curve: list[tuple[int | None, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    # A job of lingua.stool starts with it blocked, for those that answer it; this ends at once, and so do its workers.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     args = parse_args(EvalArgs)
     world = find_world()
     init_logger(world.rank, world.size)
     slurm.use_scratch()
-    with process_group(world):
-        launch_eval(args)
+    stop_signal = StopSignal()
+    with contextlib.ExitStack() as signals:
+        try:
+            with process_group(world):
+                if slurm.in_job():
+                    signals.enter_context(stop_signal)
+                    # The warning before the end is no reason to stop: what is begun may be done by then.
+                    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+                launch_eval(args, should_stop=lambda: stop_signal.name == "SIGTERM")
+        except EvaluationStopped:
+            logger.info("evaluation ended by %s; start again to do it", stop_signal.name or "a signal")
+            if world.rank == 0:
+                slurm.requeue(made_progress=False)
 
 
 ARGS = EvalArgs  # for lingua.stool, which checks a config before it waits in a queue

@@ -9,6 +9,7 @@ Start the same command again and it goes on from the newest whole checkpoint in 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -106,7 +107,7 @@ from lingua.optim import (
 from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.probe import append_probe, drop_probes_after, probe
 from lingua.profiling import Profiler, ProfilingArgs, Workload, validate_profiling_args
-from lingua.stool import SCRIPT_FILE, StoolArgs, launch_job
+from lingua.stool import FOR_JOBS_WITHIN, SCRIPT_FILE, StoolArgs, launch_job, list_jobs
 from lingua.tokenizer import build_tokenizer
 from lingua.watch import WAITING_FOR_RANKS, Watch
 
@@ -382,9 +383,28 @@ def lacks_evaluation(run: Run) -> bool:
     return from_first_rank(Path(wanted.ckpt_dir).is_dir() and not is_done(wanted) and not submitted)
 
 
+def find_awaited(args: TrainArgs, steps: list[int]) -> set[int]:
+    """Of `steps`, those whose checkpoint a submitted evaluation has still to read: no results, and its job in the queue
+    or running. Where SLURM does not answer, all those without results.
+    """
+    evals = Path(args.dump_dir) / "evals"
+    submitted = {evals / f"{step:010d}": step for step in steps if (evals / f"{step:010d}" / SCRIPT_FILE).exists()}
+    try:
+        if args.eval is not None:
+            submitted = {folder: n for folder, n in submitted.items() if not is_done(evaluation_args(args, n))}
+        if not submitted:
+            return set()
+        # An evaluation that has failed or was cancelled keeps nothing: SLURM lists it no longer.
+        jobs = list_jobs(submitted, patience=slurm.ANSWER_SECONDS)
+    except (OSError, ValueError) as error:
+        logger.warning("%s; checkpoints stay that evaluations may wait for: %s", error, [*submitted.values()])
+        return set(submitted.values())
+    return {step for folder, step in submitted.items() if jobs[folder]}
+
+
 def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
     """A job of its own through stool, on whole nodes of 8 GPUs where it is more than one node; where this run is a job,
-    in the same partition and on the same account.
+    in the same partition, on the same account, and with the memory and on the kind of nodes that stool was told.
     """
     n_nodes = -(-n_gpus // 8)
     of_this_job = {
@@ -392,6 +412,7 @@ def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
         "account": os.environ.get("SLURM_JOB_ACCOUNT"),
         "qos": os.environ.get("SLURM_JOB_QOS"),
         "ncpu": int(os.environ.get("SLURM_CPUS_PER_TASK", 0)),
+        **{name: os.environ.get(f"STOOL_{name.upper()}") for name in FOR_JOBS_WITHIN},
     }
     job = launch_job(
         StoolArgs(
@@ -439,6 +460,7 @@ class Run:
             self.data_rank if writes else None,
             args.distributed.timeout,
             Path(args.dump_dir),
+            functools.partial(find_awaited, args),
         )
         self.model = build_model(args)
         self.tokens_per_step = args.grad_acc_steps * args.data.batch_size * args.data.seq_len

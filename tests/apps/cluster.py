@@ -49,12 +49,15 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 MinJobAge=3600
-KillWait=30
+KillWait={kill_wait}
 GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=4 Gres=gpu:2
 PartitionName=learn Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2
 """
+
+# Seconds that SLURM gives a cancelled job between TERM and KILL.
+KILL_WAIT = 30
 
 # Files that are there on any machine stand in for GPUs, of which SLURM wants only that they are.
 GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
@@ -95,7 +98,7 @@ class Cluster:
         (self.folder / "state").mkdir()
         (munge / "key").write_bytes(os.urandom(1024))
         (munge / "key").chmod(0o400)
-        config = CONFIG.format(host=host, folder=self.folder, ports=_free_ports())
+        config = CONFIG.format(host=host, folder=self.folder, ports=_free_ports(), kill_wait=KILL_WAIT)
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "gres.conf").write_text(GPUS)
         names = f"{Path('/etc/hosts').read_text()}\n127.0.0.1 n1 n2\n"
@@ -110,10 +113,13 @@ class Cluster:
         wait_until(lambda: set(self.run(*nodes).splitlines()) == {"n1 idle", "n2 idle"}, pause=0.1)
 
     def stop(self) -> None:
+        # Jobs end before the daemons do, which alone know the jobs' processes.
+        in_queue, deadline = True, time.monotonic() + 2 * KILL_WAIT
         subprocess.run(["scancel", "--user=root"], env=self.environment(), check=False)
-        deadline = time.monotonic() + 15
-        while self.run("squeue", "--noheader") and time.monotonic() < deadline:
+        while in_queue and time.monotonic() < deadline:
             time.sleep(0.2)
+            asked = subprocess.run(["squeue", "--noheader"], env=self.environment(), capture_output=True, check=False)
+            in_queue = asked.returncode == 0 and asked.stdout
         for file in [*self.folder.glob("slurm*.pid"), self.folder / "munge" / "pid"]:
             if file.exists():
                 os.kill(int(file.read_text()), signal.SIGKILL)

@@ -116,6 +116,20 @@ def test_retention(tmp_path, dump, evaluation, steps, kept):
     assert sorted(os.listdir(tmp_path)) == [f"{step:010d}" for step in kept]
 
 
+def test_a_checkpoint_that_somebody_waits_for_stays(tmp_path):
+    """Until nobody does; nothing is asked of those that stay anyway."""
+    small = Small(tmp_path, dump=SaveEvery(2, 1))
+    awaited, asked = {2}, []
+    small.manager.find_awaited = lambda steps: asked.append(steps) or awaited & set(steps)
+    for step in (2, 4, 6):
+        small.save(step)
+    assert steps_in(tmp_path) == [2, 6]
+    assert asked == [[2], [2, 4]]
+    awaited.clear()
+    small.save(8)
+    assert steps_in(tmp_path) == [8]
+
+
 @pytest.mark.parametrize("save_async", [False, True])
 def test_an_old_checkpoint_that_cannot_be_removed_stays(tmp_path, caplog, monkeypatch, save_async):
     """The new one is whole all the same, and it is told once."""

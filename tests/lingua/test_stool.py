@@ -2,10 +2,13 @@
 
 import io
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from apps.main import train
 from apps.main.train import TrainArgs
 from lingua import slurm
-from lingua.args import parse_args
+from lingua.args import parse_args, to_yaml
 from lingua.distributed import find_world
 from lingua.stool import StoolArgs, job_environment, launch_job, main, parse_command_line
 
@@ -53,6 +57,13 @@ def command(tmp_path):
         return notes
 
     return command
+
+
+def write_command(name: str, *lines: str) -> None:
+    """One on the PATH that is more than `command` makes, in sh."""
+    file = Path("bin", name)
+    file.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
+    file.chmod(0o755)
 
 
 # --- a process in a job --------------------------------------------------------------------------------------------
@@ -211,6 +222,17 @@ def test_one_task_of_an_array_is_requeued_alone(command, monkeypatch):
     assert notes.read_text().splitlines() == ["show", "job", "12_3", "requeue", "12_3"]
 
 
+def test_signals_to_the_whole_job_do_not_end_the_requeueing(monkeypatch):
+    """SLURM sends them to scontrol, too, which a rank has started."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    Path("facts").write_text(facts())
+    show = 'while IFS= read -r line; do echo "$line"; done < facts'
+    write_command("scontrol", "kill -TERM $$; kill -USR2 $$", 'echo "$*" >> asked', show)
+    slurm.requeue(made_progress=True)
+    assert Path("asked").read_text().splitlines() == ["show job 12", "requeue 12"]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR2}
+
+
 def test_without_scontrol_nothing_is_requeued(monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     slurm.requeue(made_progress=True)
@@ -226,9 +248,28 @@ def test_a_job_that_cannot_get_on_is_not_requeued_for_ever(command, monkeypatch)
 
 
 def test_what_slurm_refuses_is_told(command, monkeypatch):
-    command("scontrol", "scontrol: error: Requested operation\nis presently disabled\n", code=1)
+    notes = command("scontrol", "scontrol: error: Requested operation\nis presently disabled\n", code=1)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     with pytest.raises(OSError, match=r"^scontrol: Requested operation is presently disabled$"):
+        slurm.requeue(made_progress=True)
+    assert notes.read_text().splitlines() == ["show", "job", "12"], "asked once"
+
+
+def test_a_controller_that_is_away_is_asked_again(monkeypatch, caplog):
+    """For a while: it may be starting anew just when jobs are to be requeued."""
+    monkeypatch.setattr(slurm, "PAUSE_SECONDS", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    Path("facts").write_text(facts())
+    away = "echo slurm_load_jobs error: Unable to contact slurm controller \\(connect failure\\) >&2; exit 1"
+    count = 'echo "$*" >> asked; n=0; while read -r _; do n=$((n + 1)); done < asked'
+    show = 'while IFS= read -r line; do echo "$line"; done < facts'
+    write_command("scontrol", count, f"[ $n != 1 ] && [ $n != 3 ] || {{ {away}; }}", show)
+    slurm.requeue(made_progress=True)
+    assert Path("asked").read_text().splitlines() == ["show job 12"] * 2 + ["requeue 12"] * 2
+    assert caplog.text.count("Unable to contact slurm controller (connect failure); asking again") == 2
+    write_command("scontrol", away)
+    monkeypatch.setattr(slurm, "RETRY_SECONDS", 0)
+    with pytest.raises(OSError, match="^scontrol: .*Unable to contact slurm controller"):
         slurm.requeue(made_progress=True)
 
 
@@ -303,6 +344,17 @@ def test_bad_input_is_told_in_one_line(tmp_path, arguments, message):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_within_a_step_of_srun_nothing_is_started(monkeypatch):
+    """It would wait for ever for what the step holds; the shell of salloc is one, too, by number."""
+    args = StoolArgs(config={"dump_dir": "run"}, launcher="bash", dryrun=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(ValueError, match="^launcher: bash within a step of srun would wait"):
+        launch_job(args)
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")
+    launch_job(args)
+
+
 def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     write("c.yaml")
     before = sorted(os.listdir(tmp_path))
@@ -374,12 +426,26 @@ def test_a_job_that_cannot_start_is_told(command, capsys):
     assert "it waits    PartitionNodeLimit" in capsys.readouterr().out
 
 
+def test_the_number_is_told_whatever_surrounds_it(command, capsys):
+    """A site's own wrapper of sbatch may say more, and squeue fail."""
+    command("sbatch", "Welcome to\n3 clusters\n77;big\n\nYou have 12 hours left.\n")
+    command("squeue", "squeue: error: Unable to contact slurm controller\n", code=1)
+    assert launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False)) == "77"
+    assert capsys.readouterr().out.startswith(f"job 77: {Path('run').absolute()}\n")
+    command("sbatch", "thank you\n")
+    with pytest.raises(OSError, match="^sbatch: submitted, but it told no job number .'thank you'.; see squeue$"):
+        launch_job(StoolArgs(config={"dump_dir": "other"}, copy_code=False))
+    assert Path("other/submit.slurm").exists(), "the job that there is may read it"
+
+
 def test_a_refused_submission_takes_back_what_it_made(command, tmp_path):
     command("sbatch", "sbatch: error: invalid account\n", code=1)
     Path("kept").mkdir()
     for folder in ("a/b/run", "kept/run"):
-        with pytest.raises(OSError, match="^sbatch: invalid account$"):
-            launch_job(StoolArgs(config={"dump_dir": folder}))
+        with pytest.raises(OSError, match="^sbatch: invalid account .asked for ") as caught:
+            launch_job(StoolArgs(config={"dump_dir": folder}, account="it's mine", mem="4G", time=5))
+        asked = "partition=learn nodes=1 ngpu=8 ncpu=16 time=5 mem=4G account='it'\"'\"'s mine'"
+        assert str(caught.value) == f"sbatch: invalid account (asked for {asked})"
     assert os.listdir("kept") == []
     assert not Path("a").exists()
 
@@ -439,13 +505,61 @@ def test_variables_of_the_job_around_are_not_handed_on(monkeypatch, tmp_path):
     monkeypatch.setattr(slurm.tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", "before")
     slurm.use_scratch()
-    for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PYTHONPATH"):
+    kept = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_MEM_PER_NODE", "WANDB_API_KEY", "PYTHONPATH")
+    for name in kept:
         monkeypatch.setenv(name, "kept")
-    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    for name in ("SBATCH_PARTITION", "SBATCH_GPUS"):
+        monkeypatch.setenv(name, "other")
     found = job_environment(StoolArgs())
-    assert not {*around, "TMPDIR", "TRITON_CACHE_DIR", "SBATCH_PARTITION"} & set(found)
-    assert all(found[name] == "kept" for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PYTHONPATH"))
+    assert not {*around, "TMPDIR", "TRITON_CACHE_DIR", "SBATCH_PARTITION", "SBATCH_GPUS"} & set(found)
+    assert all(found[name] == "kept" for name in kept)
     assert "SBATCH_ACCOUNT" not in job_environment(StoolArgs(account="mine"))
+    assert "SBATCH_MEM_PER_NODE" not in job_environment(StoolArgs(mem="4G"))
+
+
+def test_what_a_job_has_of_the_one_around_it_and_hands_on(command, monkeypatch, tmp_path):
+    """Nothing of the interactive job that sbatch was called in; to evaluations of its own, what stool was told."""
+    command("sbatch", "77\n")
+    told = {"mem": "64G", "constraint": "a b'\"; touch pwned $(touch pwned) \\ ü", "exclude": "n[1-2]"}
+    launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False, **told))
+    write_command("srun", "env -0 > environment")
+    around = ("SLURM_MEM_PER_NODE", "SLURM_CPU_BIND", "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "STOOL_MEM")
+    variables = {"SLURM_JOB_ID": "12", "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", **dict.fromkeys(around, "7")}
+    subprocess.run(["/bin/bash", "run/submit.slurm"], env=variables, check=True)
+    found = dict(entry.split("=", 1) for entry in Path("environment").read_text().split("\0") if entry)
+    assert set(around) & set(found) == {"STOOL_MEM"}
+    assert not list(tmp_path.rglob("pwned*"))
+
+    submitted = []
+    monkeypatch.setattr(train, "launch_job", submitted.append)
+    for name in set(found) - {"PATH"}:
+        monkeypatch.setenv(name, found[name])
+    args = TrainArgs(dump_dir="run", eval={}, async_eval_gpus=1)
+    train.submit_evaluation(train.evaluation_args(args, 5), 1)
+    (job,) = submitted
+    assert {name: getattr(job, name) for name in told} == told
+    assert job.time == -1
+    assert not [name for name in job_environment(job) if name.startswith("STOOL_")]
+
+
+def test_checkpoints_that_evaluations_wait_for(command, monkeypatch, caplog):
+    """Not those of evaluations that are done, or whose jobs are gone; without SLURM's answer all that may be."""
+    args = TrainArgs(dump_dir="run", eval={}, async_eval_gpus=1)
+    for step in (5, 10, 15):
+        folder = Path("run/evals", f"{step:010d}")
+        folder.mkdir(parents=True)
+        (folder / "submit.slurm").touch()
+    done = Path("run/evals/0000000010")
+    (done / "config.yaml").write_text(to_yaml(train.evaluation_args(args, 10)))
+    (done / "validation.json").write_text("{}")
+    notes = command("squeue", f"7 (null)\n8 {Path('run/evals/0000000005/submit.slurm').absolute()}\n")
+    assert train.find_awaited(args, [10, 20]) == set()
+    assert not notes.exists(), "there is nothing to ask"
+    assert train.find_awaited(args, [5, 10, 15, 20]) == {5}
+    assert train.find_awaited(replace(args, eval=None), [5, 10, 15, 20]) == {5}
+    command("squeue", "squeue: error: Unable to contact slurm controller\n", code=1)
+    assert train.find_awaited(args, [5, 10, 15, 20]) == {5, 15}
+    assert "Unable to contact slurm controller; checkpoints stay that evaluations may wait for: [5, 15]" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -527,6 +641,28 @@ def test_override_deletes_once_the_new_job_is_taken(command, monkeypatch, tmp_pa
     assert not list(tmp_path.glob(".run*"))
 
 
+def test_override_tells_of_what_cannot_be_deleted(command, monkeypatch, tmp_path, capsys):
+    """The job is on its way then."""
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    command("squeue", "")
+    make_run(command)
+    remove = shutil.rmtree
+
+    def rmtree(path, *args, **kwargs):
+        if ".deleted." in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    command("sbatch", "78\n")
+    assert launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False, override=True)) == "78"
+    (left,) = tmp_path.glob(".run.deleted.*")
+    printed = capsys.readouterr().out
+    assert printed.index("job 78: ") < printed.index(f"left over   {left} (Permission denied): delete it yourself")
+    assert (left / "mine").exists()
+    assert Path("run/submit.slurm").exists()
+
+
 def test_override_keeps_what_the_new_job_reads(command, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "yes")
     command("squeue", "")
@@ -545,7 +681,10 @@ def test_override_waits_for_jobs(command, monkeypatch, tmp_path, command_of_job)
     monkeypatch.setattr("builtins.input", lambda _: "yes")
     make_run(command)
     Path("link").symlink_to("run")
-    command("squeue", f"5 {tmp_path}/{command_of_job}\n7 (null)\n")
+    # Which shows less by the user's own settings, as squeue does.
+    for name in ("SQUEUE_PARTITION", "SQUEUE_FORMAT"):
+        monkeypatch.setenv(name, "other")
+    write_command("squeue", f'[ -n "$SQUEUE_PARTITION$SQUEUE_FORMAT" ] || echo "5 {tmp_path}/{command_of_job}"')
     with pytest.raises(ValueError, match="job 5 of .* is waiting or running"):
         launch_job(StoolArgs(config={"dump_dir": "run"}, override=True))
 
@@ -574,16 +713,26 @@ def test_code_of_a_project_of_its_own(command, tmp_path, monkeypatch):
     assert "block-signal" not in script  # which a script without a StopSignal would never hear of
 
 
-def test_conda_environments(command, tmp_path):
-    """By name and by folder; conda itself is a stand-in."""
+def test_conda_environments(command, tmp_path, monkeypatch):
+    """By name, also where a folder here has it, and by folder; conda itself is a stand-in, or not there."""
+    monkeypatch.delenv("CONDA_EXE", raising=False)
     command("sbatch", "77\n")
-    environment = tmp_path / "envs" / "mine"
-    (environment / "bin").mkdir(parents=True)
-    (environment / "conda-meta").mkdir()
-    (environment / "bin" / "python").symlink_to(sys.executable)
-    command("conda", f'{{"envs": ["{environment}"]}}')
-    for number, anaconda in enumerate(("mine", str(environment))):
-        launch_job(StoolArgs(config={"dump_dir": f"run{number}"}, anaconda=anaconda, copy_code=False))
-        assert f"conda activate {environment} || exit 1" in Path(f"run{number}", "submit.slurm").read_text()
+    root, environment = tmp_path / "conda", tmp_path / "envs" / "mine"
+    for folder in (root, environment):
+        (folder / "bin").mkdir(parents=True)
+        (folder / "conda-meta").mkdir()
+        (folder / "bin" / "python").symlink_to(sys.executable)
+    Path("mine").mkdir()
+    command("conda", f'{{"envs": ["{root}", "{environment}"]}}')
+
+    def script(anaconda: str) -> str:
+        launch_job(StoolArgs(config={"dump_dir": "run"}, anaconda=anaconda, copy_code=False, dirs_exists_ok=True))
+        return Path("run/submit.slurm").read_text()
+
+    for anaconda, folder in (("mine", environment), (str(environment), environment), ("base", root)):
+        assert f"conda activate {folder} || exit 1" in script(anaconda)
     with pytest.raises(ValueError, match="anaconda: 'other' is neither"):
-        launch_job(StoolArgs(config={"dump_dir": "run"}, anaconda="other"))
+        launch_job(StoolArgs(config={"dump_dir": "other"}, anaconda="other"))
+    Path("bin/conda").unlink()
+    assert f'export PATH={environment}/bin"${{PATH:+:$PATH}}"\n' in script(str(environment))
+    assert "conda activate" not in script(str(environment))
