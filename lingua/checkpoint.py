@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lingua import slurm
 from lingua.args import first_line
 from lingua.checkpoint_integrity import (
     CHECKSUMS_FILE,
@@ -196,6 +197,7 @@ class CheckpointManager:
         self, step: int, state: dict[str, Any], files: dict[str, dict[str, Any]], group: dist.ProcessGroup | None = None
     ) -> None:
         """All ranks together, through `group`."""
+        begun = time.monotonic()
         with self._whole_or_not_at_all(step):
             with failing_alike(group):
                 if self.rank == 0:
@@ -214,6 +216,15 @@ class CheckpointManager:
         self._damaged.discard(step)
         if self.rank == 0:
             logger.info("saved %s", self._places(step)[0])
+            took = time.monotonic() - begun
+            if slurm.in_job() and took > slurm.WARNING_SECONDS / 2:
+                logger.warning(
+                    "that took %.0f s, and SLURM warns %s s before it ends a job: a last checkpoint may not be whole "
+                    "by then; what a job loses is what came after the one before, so save often "
+                    "(checkpoint.dump.every)",
+                    took,
+                    slurm.WARNING_SECONDS,
+                )
             try:
                 self._retain(newest=step)
             except OSError as error:

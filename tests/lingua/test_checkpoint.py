@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs
+from lingua import slurm
 from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
@@ -114,6 +115,16 @@ def test_retention(tmp_path, dump, evaluation, steps, kept):
         assert steps_in(tmp_path)[-1] == step, "the newest always stays"
     assert steps_in(tmp_path) == kept
     assert sorted(os.listdir(tmp_path)) == [f"{step:010d}" for step in kept]
+
+
+def test_saving_that_takes_longer_than_slurm_gives_is_told(tmp_path, caplog, monkeypatch):
+    small = Small(tmp_path)
+    monkeypatch.setattr(slurm, "WARNING_SECONDS", 0)
+    small.save(1)
+    assert "SLURM" not in caplog.text
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    small.save(2)
+    assert "and SLURM warns 0 s before it ends a job: a last checkpoint may not be whole by then" in caplog.text
 
 
 def test_a_checkpoint_that_somebody_waits_for_stays(tmp_path):
