@@ -7,6 +7,7 @@ started it. It ends when its pipe does, so none outlives who started it by more 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -495,7 +496,8 @@ def _run_locked(
     n_workers = resources.n_workers(max(len(plan.units()), plan.nchunks), plan.files)
     if (least := resources.least(n_workers, plan.files)) > resources.memory:
         fewer = ", or use fewer workers" if n_workers > 1 else ""
-        say(f"MEMORY {resources.memory / 1e9:g}: {n_workers} worker(s) take {least / 1e9:.2f} GB; give that{fewer}")
+        wanted = math.ceil(least / 1e7) / 100
+        say(f"MEMORY {resources.memory / 1e9:g}: {n_workers} worker(s) take {wanted:.2f} GB; give that{fewer}")
 
     def work_on(kind: str, pending: list[int], weights: list[float]) -> None:
         with _pass(kind, weights, pending) as on_progress:

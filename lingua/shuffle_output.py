@@ -182,23 +182,25 @@ def begin(plan: Plan, say: Callable[[str], None]) -> None:
             changed = [key for key, value in plan.facts().items() if getattr(earlier, key) != value]
             say(f"starting anew: {' and '.join(changed)} changed since the run that was stopped")
         remove_work(plan.work, plan.stage)
-        for folder in (plan.units_folder, plan.chunks_folder):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"{folder}: cannot be made: {error.strerror}") from None
-        plan.save()
     elif not is_publishing(plan) and plan.is_published_at_once:
         check_no_strangers(plan)
+    for folder in (plan.units_folder, plan.chunks_folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be made: {error.strerror}") from None
+    if earlier != plan:
+        plan.save()
 
 
 def remove_work(work: str, stage: str) -> None:
     """What was made in the folders, but for the lock; and the folders, where nothing else is in them."""
     for folder in (Path(work), Path(stage)):
-        for made in (*folder.glob("units-*"), *folder.glob("chunks-*"), folder / "jobs"):
-            shutil.rmtree(made, ignore_errors=True)
+        # The plan goes first: without it nothing that is left here counts.
         for name in ("plan.json", "cuts.json", "publishing"):
             (folder / name).unlink(missing_ok=True)
+        for made in (*folder.glob("units*"), *folder.glob("chunks*"), folder / "jobs"):
+            shutil.rmtree(made, ignore_errors=True)
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

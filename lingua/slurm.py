@@ -132,12 +132,12 @@ def ask_slurm(*command: str, environment: dict[str, str] | None = None, patience
     if result.returncode:
         said = re.sub(rf"({command[0]}: )?(error|fatal): ", "", " ".join(result.stderr.split()))
         raise OSError(f"{command[0]}: {said or f'exit code {result.returncode}'}")
-    return result.stdout
+    # Headings, where it is asked for several clusters.
+    return "".join(line for line in result.stdout.splitlines(keepends=True) if not line.startswith("CLUSTER:"))
 
 
-def _ask_patiently(*command: str) -> str:
+def _ask_until(deadline: float, *command: str) -> str:
     """As `ask_slurm`, again and again where the controller cannot be reached: it may be starting anew."""
-    deadline = time.monotonic() + RETRY_SECONDS
     while True:
         try:
             return ask_slurm(*command, patience=ANSWER_SECONDS)
@@ -179,8 +179,7 @@ def partition_minutes(partition: str | None = None) -> float:
 def why_waiting(job: str) -> str:
     """SLURM's word for why a job is not running yet, such as Priority or PartitionTimeLimit; nothing if it is."""
     reasons = ask_slurm("squeue", "--noheader", f"--job={job}", "--states=PENDING", "--format=%r").split("\n")
-    told = (reason.strip() for reason in reasons if not reason.startswith("CLUSTER:"))
-    return next((reason for reason in told if reason not in ("", "None")), "")
+    return next((reason.strip() for reason in reasons if reason.strip() not in ("", "None")), "")
 
 
 def requeue(made_progress: bool) -> None:
@@ -198,7 +197,8 @@ def requeue(made_progress: bool) -> None:
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         # One task of an array has the array's number as its own, which would mean all of them.
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    facts = _ask_patiently("scontrol", "show", "job", job)
+    deadline = time.monotonic() + RETRY_SECONDS
+    facts = _ask_until(deadline, "scontrol", "show", "job", job)
     # The first line holds the job's name, which may say anything; the others start with their first key.
     fact = {
         key: match[1]
@@ -221,7 +221,11 @@ def requeue(made_progress: bool) -> None:
         )
     else:
         logger.info("requeueing job %s", job)
-        _ask_patiently("scontrol", "requeue", job)
+        try:
+            _ask_until(deadline, "scontrol", "requeue", job)
+        except OSError as error:
+            if "pending" not in str(error):  # it is back already: the answer was lost when it was asked for first
+                raise
 
 
 def _ends_soon(end: str) -> bool:

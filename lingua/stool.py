@@ -317,14 +317,13 @@ def find_environment(environment: str) -> Path:
     if environment == "default":
         return Path(sys.prefix)
     prefix = Path(environment).expanduser().absolute()
-    if not os.access(prefix / "bin" / "python", os.X_OK):
-        listed = subprocess.run(
-            [_find_conda(), "env", "list", "--json"], capture_output=True, text=True, timeout=PATIENCE
-        )
+    has_conda = os.environ.get("CONDA_EXE") or shutil.which("conda")
+    if not os.access(prefix / "bin" / "python", os.X_OK) and (has_conda or not prefix.is_dir()):
+        listed = subprocess.run([_find_conda(), "info", "--json"], capture_output=True, text=True, timeout=PATIENCE)
         with contextlib.suppress(ValueError, KeyError):
-            root, *others = [Path(folder) for folder in json.loads(listed.stdout)["envs"]]
-            names = {"base": root} | {folder.name: folder for folder in reversed([root, *others])}
-            prefix = names.get(environment, prefix)
+            info = json.loads(listed.stdout)
+            names = {Path(folder).name: Path(folder) for folder in reversed(info["envs"])}
+            prefix = {**names, "base": Path(info["root_prefix"])}.get(environment, prefix)
     if not os.access(prefix / "bin" / "python", os.X_OK):
         raise ValueError(
             f"anaconda: {environment!r} is neither a folder with bin/python nor an environment that conda has"
@@ -373,6 +372,7 @@ def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | 
         f"--cpus-per-task={args.ncpu}",
         *([f"--gres=gpu:{args.ngpu}"] if args.ngpu else []),
         "--kill-on-bad-exit=1",
+        "--wait=0",  # for the first rank, which requeues the job when the others have left
         "--export=ALL",
     ]
     # One thread a rank, as torchrun has it, where ranks share a node.
@@ -408,17 +408,16 @@ def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | 
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
         f'command=({python} -u -m {shlex.quote(args.script)} config="$dump_dir/{CONFIG_FILE}")',
     ]
+    if not args.stdout:
+        to_file = 'exec "$@" >> "$STOOL_LOGS/rank_$SLURM_PROCID.log" 2>&1'
+        lines.append(f'command=(bash -c {shlex.quote(to_file)} bash "${{command[@]}}")')
     if answers_signals:
         lines += [
             "# SLURM's signals before the end wait until the script is ready to answer them.",
             "env --block-signal=USR2,TERM true 2> /dev/null &&",
             '  command=(env --block-signal=USR2,TERM "${command[@]}")',
         ]
-    if args.stdout:
-        lines.append(f'exec {shlex.join(srun)} "${{command[@]}}"')
-    else:
-        to_file = 'exec "$@" >> "$STOOL_LOGS/rank_$SLURM_PROCID.log" 2>&1'
-        lines.append(f'exec {shlex.join(srun)} bash -c {shlex.quote(to_file)} bash "${{command[@]}}"')
+    lines.append(f'exec {shlex.join(srun)} "${{command[@]}}"')
     return "\n".join(lines) + "\n"
 
 
@@ -660,9 +659,9 @@ class _Undo:
             try:
                 shutil.rmtree(self.aside)
             except OSError as error:
-                print(
-                    f"  left over   {shlex.quote(str(self.aside))} ({error.strerror}): delete it yourself", flush=True
-                )
+                with contextlib.suppress(OSError, UnicodeError):
+                    left = f"  left over   {shlex.quote(str(self.aside))} ({error.strerror}): delete it yourself"
+                    print(left, flush=True)
 
 
 # --- submission ----------------------------------------------------------------------------------------------------
@@ -750,13 +749,13 @@ def launch_job(args: StoolArgs) -> str | None:
             job = numbers[-1]
     if args.launcher == "bash":
         job = os.environ["SLURM_JOB_ID"]
-        tell_of_job(args, job, root, runs)
+    try:
+        with contextlib.suppress(OSError, UnicodeError):  # nobody reads it, but the job is on its way
+            tell_of_job(args, job, root, runs)
+    finally:
         undo.forget()
+    if args.launcher == "bash":
         run_here(command, root / "logs" / job)
-        return job
-    with contextlib.suppress(OSError, UnicodeError):  # nobody reads it, but the job is on its way
-        tell_of_job(args, job, root, runs)
-    undo.forget()
     return job
 
 

@@ -60,7 +60,8 @@ class Dataset:
     @property
     def ignored(self) -> list[str]:
         """Patterns of what is in no dataset a document, unless it is asked for by name."""
-        return [f"{folder}{name}" for name in METADATA if name not in self.patterns for folder in ("", "*/")]
+        named = {pattern.rpartition("/")[2] for pattern in self.patterns}
+        return [f"{folder}{name}" for name in METADATA if name not in named for folder in ("", "*/")]
 
 
 CATALOGUE = {
@@ -259,7 +260,8 @@ def ended_at_once() -> Iterator[None]:
         print(f"\n{PROGRAM}: stopped; start again, it goes on", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    answered = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in answered}
     try:
         yield
     finally:
@@ -367,7 +369,7 @@ def without_token(message: str) -> str:
 
     for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN", "").strip())):
         message = message.replace(secret, "(the token)")
-    return re.sub(r"//[^/@\s]*@", "//", message)  # a name and password within HF_ENDPOINT
+    return re.sub(r"(?<=//)[^/\s]*@", "", message)  # a name and password within HF_ENDPOINT
 
 
 if __name__ == "__main__":

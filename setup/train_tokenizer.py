@@ -386,8 +386,9 @@ def warn_of_memory(kind: str, n_bytes: int) -> None:
     wanted, available = MEMORY_FACTORS[kind] * n_bytes, psutil.virtual_memory().available
     if wanted > available:
         say(
-            f"warning: {kind} may take {wanted / 1e9:,.1f} GB of memory for {n_bytes / 1e9:,.2f} GB of text, and "
-            f"{available / 1e9:,.1f} GB are available; --max_bytes {available // MEMORY_FACTORS[kind]} would fit"
+            f"warning: {kind} may take {wanted / 1e9:,.1f} GB of memory for {n_bytes / 1e9:,.2f} GB of text (more "
+            f"without spaces between words), and {available / 1e9:,.1f} GB are available; --max_bytes "
+            f"{available // MEMORY_FACTORS[kind]} would fit"
         )
 
 

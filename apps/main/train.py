@@ -775,7 +775,8 @@ def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tupl
             explaining_memory("data.batch_size, model.*: the run does not fit the memory; make it smaller")
         )
         stack.enter_context(process_group(world, args.distributed.timeout))
-        # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is.
+        # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is (in a job
+        # of lingua.stool, where it is blocked until now, by the time that ranks have to meet, or by SLURM's KILL).
         stop_signal = signals.enter_context(StopSignal())
         watch = stack.enter_context(Watch(args.distributed.timeout, Path(args.dump_dir) / "stacks"))
         with together():

@@ -225,7 +225,7 @@ def test_signals_that_come_early_and_late(slurm, corpus, tmp_path):
     config["checkpoint"]["dump"]["every"] = 10**9
     job = launch_job(StoolArgs(config=config, nodes=2, ngpu=1, ncpu=1))
     log = run / "logs" / job / "rank_1.log"
-    wait_until(log.exists)
+    wait_until(lambda: log.exists() and log.with_name("rank_0.log").exists())
     slurm.run("scancel", "--signal=TERM", job)
     assert last_step(run) == 0
     wait_until(lambda: slurm.job(job)["Restarts"] == "1")
@@ -291,7 +291,7 @@ def test_evaluation_by_stool_and_during_training(slurm, corpus, tmp_path):
     checkpoint = run / "checkpoints" / "0000000010"
     arguments = ["script=apps.main.eval", f"config={file}", f"ckpt_dir={checkpoint}", f"dump_dir={by_hand}"]
     job = submitted(stool(slurm, *arguments, "generator.dtype=fp32", "nodes=2", "ngpu=1", "ncpu=1"))
-    wait_until((by_hand / "logs" / job / "rank_1.log").exists)
+    wait_until(lambda: len(list((by_hand / "logs" / job).glob("rank_*.log"))) == 2)
     slurm.run("scancel", "--signal=TERM", job)
     wait_until(lambda: slurm.job(job)["Restarts"] == "1")
     assert not (by_hand / "validation.json").exists()

@@ -119,6 +119,7 @@ def test_retention(tmp_path, dump, evaluation, steps, kept):
 
 def test_saving_that_takes_longer_than_slurm_gives_is_told(tmp_path, caplog, monkeypatch):
     small = Small(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(slurm, "WARNING_SECONDS", 0)
     small.save(1)
     assert "SLURM" not in caplog.text

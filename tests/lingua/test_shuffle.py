@@ -628,9 +628,21 @@ def test_jobs_of_a_run_that_was_given_up_write_nothing_into_another(tmp_path: Pa
     assert not (tmp_path / "out" / ".work").exists()
 
 
+def test_work_whose_folders_are_gone_is_begun_again(tmp_path: Path) -> None:
+    files = {"a.jsonl": lines("a.jsonl", 400)}
+    write_jsonl(tmp_path / "in" / "a.jsonl", files["a.jsonl"])
+    plan = make_plan(tmp_path / "in", tmp_path / "out", n_validation=3, unit_bytes=9000)
+    shuffle_output.begin(plan, print)
+    shutil.rmtree(plan.units_folder)
+    shutil.rmtree(plan.chunks_folder)
+    run(plan, ONE, {})
+    assert written(tmp_path / "out") == expected_files(files, 4, 3)
+    assert not (tmp_path / "out" / ".work").exists()
+
+
 def test_too_little_memory_is_told(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", lines("a", 200))
-    for workers, told in ((1, "MEMORY 0.01: 1 worker(s) take 0.06 GB; give that"),
+    for workers, told in ((1, "MEMORY 0.01: 1 worker(s) take 0.07 GB; give that"),
                           (2, "MEMORY 0.01: 2 worker(s) take 0.18 GB; give that, or use fewer workers")):  # fmt: skip
         said: list[str] = []
         plan = make_plan(tmp_path / "in", tmp_path / f"out{workers}")

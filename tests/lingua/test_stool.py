@@ -255,6 +255,18 @@ def test_what_slurm_refuses_is_told(command, monkeypatch):
     assert notes.read_text().splitlines() == ["show", "job", "12"], "asked once"
 
 
+def test_a_requeueing_whose_answer_was_lost_is_done(monkeypatch):
+    monkeypatch.setattr(slurm, "PAUSE_SECONDS", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    Path("facts").write_text(facts())
+    show = 'while IFS= read -r line; do echo "$line"; done < facts'
+    refuse = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; : > asked; exit 1"
+    again = "echo 'scontrol: error: Job is pending execution for job 12' >&2; exit 1"
+    write_command("scontrol", f'[ "$1" = show ] && {{ {show}; exit; }}', f"[ -e asked ] && {{ {again}; }}", refuse)
+    slurm.requeue(made_progress=True)
+    assert Path("asked").exists()
+
+
 def test_a_controller_that_is_away_is_asked_again(monkeypatch, caplog):
     """For a while: it may be starting anew just when jobs are to be requeued."""
     monkeypatch.setattr(slurm, "PAUSE_SECONDS", 0)
@@ -432,6 +444,9 @@ def test_the_number_is_told_whatever_surrounds_it(command, capsys):
     command("squeue", "squeue: error: Unable to contact slurm controller\n", code=1)
     assert launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False)) == "77"
     assert capsys.readouterr().out.startswith(f"job 77: {Path('run').absolute()}\n")
+    command("squeue", "CLUSTER: big\nPartitionNodeLimit\n")
+    launch_job(StoolArgs(config={"dump_dir": "third"}, copy_code=False))
+    assert "it waits    PartitionNodeLimit" in capsys.readouterr().out
     command("sbatch", "thank you\n")
     with pytest.raises(OSError, match="^sbatch: submitted, but it told no job number .'thank you'.; see squeue$"):
         launch_job(StoolArgs(config={"dump_dir": "other"}, copy_code=False))
@@ -663,6 +678,22 @@ def test_override_tells_of_what_cannot_be_deleted(command, monkeypatch, tmp_path
     assert Path("run/submit.slurm").exists()
 
 
+def test_override_deletes_also_when_it_is_stopped_before_all_is_told(command, monkeypatch, tmp_path):
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    command("squeue", "")
+    make_run(command)
+    command("sbatch", "78\n")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lingua.stool.tell_of_job", stop)
+    with pytest.raises(KeyboardInterrupt):
+        launch_job(StoolArgs(config={"dump_dir": "run"}, copy_code=False, override=True))
+    assert not list(tmp_path.glob(".run*"))
+    assert not Path("run/mine").exists()
+
+
 def test_override_keeps_what_the_new_job_reads(command, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "yes")
     command("squeue", "")
@@ -723,7 +754,7 @@ def test_conda_environments(command, tmp_path, monkeypatch):
         (folder / "conda-meta").mkdir()
         (folder / "bin" / "python").symlink_to(sys.executable)
     Path("mine").mkdir()
-    command("conda", f'{{"envs": ["{root}", "{environment}"]}}')
+    command("conda", f'{{"envs": ["{environment}", "{root}"], "root_prefix": "{root}"}}')
 
     def script(anaconda: str) -> str:
         launch_job(StoolArgs(config={"dump_dir": "run"}, anaconda=anaconda, copy_code=False, dirs_exists_ok=True))
@@ -734,5 +765,7 @@ def test_conda_environments(command, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="anaconda: 'other' is neither"):
         launch_job(StoolArgs(config={"dump_dir": "other"}, anaconda="other"))
     Path("bin/conda").unlink()
+    with pytest.raises(ValueError, match="anaconda: 'mine' is neither a folder with bin/python nor"):
+        launch_job(StoolArgs(config={"dump_dir": "other"}, anaconda="mine"))
     assert f'export PATH={environment}/bin"${{PATH:+:$PATH}}"\n' in script(str(environment))
     assert "conda activate" not in script(str(environment))
