@@ -262,6 +262,7 @@ class SourceReader:
                     self._look()
                 line, size = read_line(self._file)
             except OSError as error:
+                self._look()  # the reason, perhaps
                 where = f"{path}: cannot be read from line {self.line + 1}, byte {self.offset}, on"
                 self.faults.skip(f"{where} ({error.strerror or error})")
                 self._next_share()

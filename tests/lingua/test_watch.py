@@ -32,7 +32,7 @@ def files(tmp_path):
 def read_until_it_hangs(root, hang):
     """The error, when `hang(worker)` was called behind the first batch."""
     args = DataArgs(root_dir=str(root), sources={"a": 1.0}, batch_size=4, seq_len=64, prefetch_size=1)
-    with build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1), timeout=1) as batches:
+    with build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1), timeout=4) as batches:
         next(batches)
         (worker,) = [child for child in psutil.Process().children() if "serve_batches" in " ".join(child.cmdline())]
         hang(worker)
@@ -59,7 +59,7 @@ def test_a_file_that_does_not_open(files, tmp_path):
         os.mkfifo(files[1])
 
     message = read_until_it_hangs(tmp_path, replace)
-    assert f"at {files[1]} has read no document for 1 s" in message
+    assert f"at {files[1]} has read no document for 4 s" in message
 
 
 # --- ranks --------------------------------------------------------------------------------------------------------

@@ -28,10 +28,14 @@ TOKEN = "hf_verysecret"
 
 def run(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
-        command, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True, timeout=120
+        command, cwd=cwd, env={**without_hub_settings(), **variables}, capture_output=True, text=True, timeout=120
     )
+
+
+def without_hub_settings() -> dict[str, str]:
+    """This process's variables: other tests set some of the hub's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
 
 
 def check_fails(result: subprocess.CompletedProcess[str], message: str) -> None:
@@ -347,7 +351,7 @@ def test_a_download_is_ended_at_once(
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *arguments],
         cwd=tmp_path,
-        env={**os.environ, **hub.environment(tmp_path / "home")},
+        env={**without_hub_settings(), **hub.environment(tmp_path / "home")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
