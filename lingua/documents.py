@@ -37,7 +37,7 @@ CODECS = dict.fromkeys(GZIP, "gzip") | dict.fromkeys(ZSTD, "zstd")
 METADATA = ("dataset_infos.json", "dataset_info.json")
 
 BLOCK_BYTES = 1 << 20  # read at a time; what fits the processor's cache is split and checked fastest
-BATCH_ROWS = 128  # of parquet read at a time, at most: all may be long
+BATCH_ROWS = 64  # of parquet read at a time, at most: all may be long
 # A document in work: its bytes, in a buffer that grows by doubling, and as a string of up to 4 bytes a character.
 DOCUMENT_COPIES = 6
 
