@@ -36,6 +36,11 @@ def looks_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
+def without_credentials(line: str) -> str:
+    """`line` without user and password in its URLs, which HF_ENDPOINT may have (even without https://)."""
+    return re.sub(r"(?<=//)[^/\s]*@|[^/\s]+:[^/\s]+@", "", line)
+
+
 def refuse_secrets(section: Any, key: str) -> None:
     """Raises ValueError, one line that names the key, for text in nested mappings whose name looks like a secret's."""
     for name, value in section.items() if isinstance(section, Mapping) else ():

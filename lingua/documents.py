@@ -381,15 +381,20 @@ def _check_slowly(line: bytes, file: InputFile, place: int) -> None:
 
 def line_number(file: InputFile, place: int) -> int:
     """That of the line (from 1) whose first byte is byte `place` of the decompressed file."""
-    number, block = 1, bytearray(BLOCK_BYTES)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_input(file.path))
         if not file.is_plain:
             source = stack.enter_context(_open_compressed(file, source))
-        while place > 0:
-            n = min(source.readinto(block), place)
-            number += block.count(b"\n", 0, n)
-            place = place - n if n else 0
+        return line_at(source, place)
+
+
+def line_at(source: IO[bytes], place: int) -> int:
+    """The number of the line (from 1) that byte `place` is in. It takes reading all that stands before."""
+    number, block = 1, bytearray(BLOCK_BYTES)
+    while place > 0:
+        n = min(source.readinto(block), place)
+        number += block.count(b"\n", 0, n)
+        place = place - n if n else 0
     return number
 
 

@@ -92,7 +92,7 @@ _MEMORY_OF_SBATCH = {f"SBATCH_MEM_PER_{what}" for what in ("NODE", "CPU", "GPU")
 FIRST_STEP_OF_SLURM = 4294967290
 # How SLURM is reached.
 _OF_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-# Those of them that only count where the key is set.
+# Of stool's keys for sbatch, those that only count where they are set.
 _OPTIONAL = ("mem", "account", "qos", "constraint", "exclude")
 # Of them, those that SLURM does not tell a job: it has them as STOOL_MEM and so on, for jobs that it submits itself.
 FOR_JOBS_WITHIN = ("mem", "constraint", "exclude")
@@ -305,8 +305,12 @@ def header(args: StoolArgs, name: str, limit: int | str | None, n_runs: int = 1)
     return ["#!/bin/bash", *(_directive(*option) for option in options), "#SBATCH --requeue"]
 
 
+def _conda() -> str | None:
+    return os.environ.get("CONDA_EXE") or shutil.which("conda")
+
+
 def _find_conda() -> str:
-    conda = os.environ.get("CONDA_EXE") or shutil.which("conda")
+    conda = _conda()
     if not conda:
         raise ValueError("anaconda: there is no conda on the PATH; name a venv's folder, or leave it out")
     return conda
@@ -317,8 +321,7 @@ def find_environment(environment: str) -> Path:
     if environment == "default":
         return Path(sys.prefix)
     prefix = Path(environment).expanduser().absolute()
-    has_conda = os.environ.get("CONDA_EXE") or shutil.which("conda")
-    if not os.access(prefix / "bin" / "python", os.X_OK) and (has_conda or not prefix.is_dir()):
+    if not os.access(prefix / "bin" / "python", os.X_OK) and (_conda() or not prefix.is_dir()):
         listed = subprocess.run([_find_conda(), "info", "--json"], capture_output=True, text=True, timeout=PATIENCE)
         with contextlib.suppress(ValueError, KeyError):
             info = json.loads(listed.stdout)
@@ -334,7 +337,7 @@ def find_environment(environment: str) -> Path:
 def activation(prefix: Path) -> list[str]:
     """Shell lines that put an environment's Python first."""
     # Without conda itself (micromamba, pixi) its Python is what can be had of an environment.
-    if (prefix / "conda-meta").is_dir() and (os.environ.get("CONDA_EXE") or shutil.which("conda")):
+    if (prefix / "conda-meta").is_dir() and _conda():
         hook = f'eval "$({shlex.quote(_find_conda())} shell.bash hook)"'
         return [f"{hook} && conda activate {shlex.quote(str(prefix))} || exit 1"]
     lines = [f'export PATH={shlex.quote(str(prefix / "bin"))}"${{PATH:+:$PATH}}"']

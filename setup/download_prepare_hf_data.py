@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lingua.args import first_line
+from lingua.args import first_line, without_credentials
 from lingua.documents import (
     METADATA,
     SUFFIXES,
@@ -369,7 +369,7 @@ def without_token(message: str) -> str:
 
     for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN", "").strip())):
         message = message.replace(secret, "(the token)")
-    return re.sub(r"(?<=//)[^/\s]*@", "", message)  # a name and password within HF_ENDPOINT
+    return without_credentials(message)
 
 
 if __name__ == "__main__":

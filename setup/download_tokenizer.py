@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-from lingua.args import check_writable, first_line
+from lingua.args import check_writable, first_line, without_credentials
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, Tokenizer, build_tokenizer
 
 
@@ -104,11 +104,6 @@ def fetch(name: str, path: Path, api_key: str | None) -> Tokenizer:
 
 def say(line: str) -> None:
     print(f"download_tokenizer: {without_credentials(line)}", flush=True)
-
-
-def without_credentials(line: str) -> str:
-    """`line` without user and password in its URLs, which HF_ENDPOINT may have (even without https://)."""
-    return re.sub(r"(?<=//)[^/\s]*@|[^/\s]+:[^/\s]+@", "", line)
 
 
 def kind_of(name: str) -> str:

@@ -32,6 +32,7 @@ from pathlib import Path
 import psutil
 
 from lingua.args import check_writable, first_line
+from lingua.documents import line_at
 from lingua.sources import parse_document, read_documents
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_tokenizer
 
@@ -231,14 +232,8 @@ def parse_line(line: bytes, path: Path, place: int) -> str:
 
 
 def line_number(path: Path, place: int) -> int:
-    """Of the line that byte `place` is in, from 1. It takes reading all that stands before."""
     with open(path, "rb") as file:
-        number = 1
-        while place > 0:
-            part = file.read(min(place, BLOCK_BYTES))
-            number += part.count(b"\n")
-            place -= len(part)
-    return number
+        return line_at(file, place)
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> bytes:

@@ -66,6 +66,12 @@ def write_command(name: str, *lines: str) -> None:
     file.chmod(0o755)
 
 
+def shows_facts() -> str:
+    """A line of sh that prints what `scontrol show job` does."""
+    Path("facts").write_text(facts())
+    return 'while IFS= read -r line; do echo "$line"; done < facts'
+
+
 # --- a process in a job --------------------------------------------------------------------------------------------
 
 
@@ -225,8 +231,7 @@ def test_one_task_of_an_array_is_requeued_alone(command, monkeypatch):
 def test_signals_to_the_whole_job_do_not_end_the_requeueing(monkeypatch):
     """SLURM sends them to scontrol, too, which a rank has started."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    Path("facts").write_text(facts())
-    show = 'while IFS= read -r line; do echo "$line"; done < facts'
+    show = shows_facts()
     write_command("scontrol", "kill -TERM $$; kill -USR2 $$", 'echo "$*" >> asked', show)
     slurm.requeue(made_progress=True)
     assert Path("asked").read_text().splitlines() == ["show job 12", "requeue 12"]
@@ -258,8 +263,7 @@ def test_what_slurm_refuses_is_told(command, monkeypatch):
 def test_a_requeueing_whose_answer_was_lost_is_done(monkeypatch):
     monkeypatch.setattr(slurm, "PAUSE_SECONDS", 0)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    Path("facts").write_text(facts())
-    show = 'while IFS= read -r line; do echo "$line"; done < facts'
+    show = shows_facts()
     refuse = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; : > asked; exit 1"
     again = "echo 'scontrol: error: Job is pending execution for job 12' >&2; exit 1"
     write_command("scontrol", f'[ "$1" = show ] && {{ {show}; exit; }}', f"[ -e asked ] && {{ {again}; }}", refuse)
@@ -271,10 +275,9 @@ def test_a_controller_that_is_away_is_asked_again(monkeypatch, caplog):
     """For a while: it may be starting anew just when jobs are to be requeued."""
     monkeypatch.setattr(slurm, "PAUSE_SECONDS", 0)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    Path("facts").write_text(facts())
+    show = shows_facts()
     away = "echo slurm_load_jobs error: Unable to contact slurm controller \\(connect failure\\) >&2; exit 1"
     count = 'echo "$*" >> asked; n=0; while read -r _; do n=$((n + 1)); done < asked'
-    show = 'while IFS= read -r line; do echo "$line"; done < facts'
     write_command("scontrol", count, f"[ $n != 1 ] && [ $n != 3 ] || {{ {away}; }}", show)
     slurm.requeue(made_progress=True)
     assert Path("asked").read_text().splitlines() == ["show job 12"] * 2 + ["requeue 12"] * 2
