@@ -18,6 +18,10 @@ LONGEST = (
     "test_kills.py",
     "test_search.py",
     "test_train.py",
+    "test_harness.py",
+    "test_scripts.py",
+    "test_sparse_update.py",
+    "test_probe.py",
 )
 
 

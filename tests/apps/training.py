@@ -278,7 +278,7 @@ def torchrun(n_ranks: int, argv: list[object]) -> list[object]:
     return ["torch.distributed.run", "--standalone", "--nproc-per-node", n_ranks, "-m", "apps.main.train", *argv]
 
 
-def wait_until(happened: Callable[[], object], pause: float = 0.002) -> None:
+def wait_until(happened: Callable[[], object], pause: float = 0.005) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline, "waited in vain"

@@ -45,7 +45,7 @@ if INTERPRETED:
         skew=st.booleans(),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=14, deadline=None)
+    @settings(max_examples=9, deadline=None)
     @on_the_interpreter
     def test_any_shape(n, bag, size, dim, dtype, index_dtype, score_dtype, long, skew, seed):
         """Sums and both gradients; slots that are read from more than `long` places are summed in pieces."""
@@ -65,7 +65,7 @@ if INTERPRETED:
         x_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=7, deadline=None)
     @on_the_interpreter
     def test_products_of_any_shape(n, bag, size, dim, dtype, x_dtype, seed):
         """PEER's first half, with its gradients."""
@@ -106,7 +106,7 @@ if INTERPRETED:
         long=st.sampled_from([3, 8, 1024]),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=14, deadline=None)
+    @settings(max_examples=9, deadline=None)
     @on_the_interpreter
     def test_rows_that_are_read(lookups, n_slots, dim, dtype, index_dtype, long, seed):
         """Bags of several sizes together, as sparse updates have them."""
