@@ -64,10 +64,14 @@ def plain(tiny, tmp_path_factory) -> Callable[..., tuple]:
 
 @pytest.fixture
 def train(tiny, tmp_path) -> Callable[..., Path]:
-    """`train(name, n_ranks, {distributed.*}, *key_values, **environment)` as torchrun would; returns the dump_dir."""
+    """`train(name, n_ranks, {distributed.*}, *key_values, **environment)` as torchrun would; returns the dump_dir.
+
+    Without a word of checkpoints there is one at the end.
+    """
 
     def run(name, n_ranks, distributed, *arguments, **variables):
         argv = [f"config={tiny}", f"dump_dir={tmp_path / name}", f"steps={STEPS}", "distributed.timeout=120"]
+        argv += [f"checkpoint.dump.every={STEPS}"]
         argv += [f"distributed.{key}={value}" for key, value in distributed.items()]
         ranks = start_ranks(n_ranks, [*argv, *arguments], tmp_path, **variables)
         results = [rank.finish() for rank in ranks]

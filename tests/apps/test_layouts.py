@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from plain import STEPS, assert_follows, load
-from training import list_steps, read_losses, read_metrics
+from training import Training, list_steps, read_losses, read_metrics
 
 from lingua.checkpoint import consolidate_checkpoints
 
@@ -122,11 +122,17 @@ def test_tensor_parallel_ranks_share_a_place_in_the_data(train, plain, tmp_path)
         )
 
 
+@pytest.fixture(scope="module")
+def consolidated(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    argv = [f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}", f"checkpoint.dump.every={STEPS}"]
+    Training([*argv, "grad_acc_steps=1"], folder).finish().ok()
+    return consolidate_checkpoints(folder / "run" / "checkpoints" / f"{STEPS:010d}")
+
+
 @pytest.mark.parametrize("name", SPLIT)
-def test_starts_from_the_weights_of_a_consolidated_checkpoint(name, train, tmp_path):
+def test_starts_from_the_weights_of_a_consolidated_checkpoint(name, consolidated, train, tmp_path):
     """`init_ckpt_path`: the first loss is the one that the checkpoint's model has."""
-    source = train("source", 1, {}, "grad_acc_steps=1")
-    consolidated = consolidate_checkpoints(source / "checkpoints" / f"{STEPS:010d}")
     n_ranks, data_ranks, distributed = SPLIT[name]
     losses = []
     for run, (ranks, layout) in {"split": (n_ranks, distributed), "plain": (data_ranks, {})}.items():

@@ -37,7 +37,7 @@ LAYOUTS = {
 def test_goes_on_as_cpus_do(name, train, tmp_path):
     """From a checkpoint of CPUs, since each kind of device draws weights of its own."""
     distributed, arguments = LAYOUTS[name]
-    arguments = ["grad_acc_steps=1", *arguments]
+    arguments = ["grad_acc_steps=1", "checkpoint.dump.every=5", *arguments]
     cpus = train("cpus", 2, {**distributed, "compile": False}, *arguments, CUDA_VISIBLE_DEVICES="")
     shutil.copytree(cpus / "checkpoints/0000000005", tmp_path / "gpus/checkpoints/0000000005")
     gpus = train("gpus", 2, distributed, *arguments)
@@ -55,7 +55,7 @@ def test_half_precision_and_saving_beside_training(train, tmp_path):
     (tmp_path / "held_out" / "words" / "a.val.jsonl").write_text('{"text": "some words of a document"}')
     arguments = ["distributed.model_dtype=bf16", "checkpoint.save_async=true", "checkpoint.eval.every=10"]
     arguments += [f"eval.validation.root_dir={tmp_path / 'held_out'}", "eval.validation.sources=[words]"]
-    arguments += ["eval.validation.use_val_from_train_src=false"]
+    arguments += ["eval.validation.use_val_from_train_src=false", "checkpoint.dump.every=5"]
     whole = train("whole", 2, {"memory_parallel_size": 2, "fsdp_type": "full_shard"}, *arguments)
     assert list_steps(whole) == [5, 10, 15, 20]
     for step in (10, 20):
