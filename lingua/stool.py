@@ -305,15 +305,8 @@ def header(args: StoolArgs, name: str, limit: int | str | None, n_runs: int = 1)
     return ["#!/bin/bash", *(_directive(*option) for option in options), "#SBATCH --requeue"]
 
 
-def _conda() -> str | None:
+def _find_conda() -> str | None:
     return os.environ.get("CONDA_EXE") or shutil.which("conda")
-
-
-def _find_conda() -> str:
-    conda = _conda()
-    if not conda:
-        raise ValueError("anaconda: there is no conda on the PATH; name a venv's folder, or leave it out")
-    return conda
 
 
 def find_environment(environment: str) -> Path:
@@ -321,12 +314,16 @@ def find_environment(environment: str) -> Path:
     if environment == "default":
         return Path(sys.prefix)
     prefix = Path(environment).expanduser().absolute()
-    if not os.access(prefix / "bin" / "python", os.X_OK) and (_conda() or not prefix.is_dir()):
-        listed = subprocess.run([_find_conda(), "info", "--json"], capture_output=True, text=True, timeout=PATIENCE)
+    if os.access(prefix / "bin" / "python", os.X_OK):
+        return prefix
+    if conda := _find_conda():
+        listed = subprocess.run([conda, "info", "--json"], capture_output=True, text=True, timeout=PATIENCE)
         with contextlib.suppress(ValueError, KeyError):
             info = json.loads(listed.stdout)
             names = {Path(folder).name: Path(folder) for folder in reversed(info["envs"])}
             prefix = {**names, "base": Path(info["root_prefix"])}.get(environment, prefix)
+    elif not prefix.is_dir():
+        raise ValueError("anaconda: there is no conda on the PATH; name a venv's folder, or leave it out")
     if not os.access(prefix / "bin" / "python", os.X_OK):
         raise ValueError(
             f"anaconda: {environment!r} is neither a folder with bin/python nor an environment that conda has"
@@ -337,8 +334,8 @@ def find_environment(environment: str) -> Path:
 def activation(prefix: Path) -> list[str]:
     """Shell lines that put an environment's Python first."""
     # Without conda itself (micromamba, pixi) its Python is what can be had of an environment.
-    if (prefix / "conda-meta").is_dir() and _conda():
-        hook = f'eval "$({shlex.quote(_find_conda())} shell.bash hook)"'
+    if (prefix / "conda-meta").is_dir() and (conda := _find_conda()):
+        hook = f'eval "$({shlex.quote(conda)} shell.bash hook)"'
         return [f"{hook} && conda activate {shlex.quote(str(prefix))} || exit 1"]
     lines = [f'export PATH={shlex.quote(str(prefix / "bin"))}"${{PATH:+:$PATH}}"']
     if (prefix / "pyvenv.cfg").exists():

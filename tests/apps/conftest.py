@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,21 +63,27 @@ def plain(tiny, tmp_path_factory) -> Callable[..., tuple]:
     return get
 
 
-@pytest.fixture
-def train(tiny, tmp_path) -> Callable[..., Path]:
-    """`train(name, n_ranks, {distributed.*}, *key_values, **environment)` as torchrun would; returns the dump_dir.
+@pytest.fixture(scope="session")
+def train_in(tiny) -> Callable[..., Path]:
+    """`train_in(folder, name, n_ranks, {distributed.*}, *key_values, **environment)` as torchrun would.
 
-    Without a word of checkpoints there is one at the end.
+    Returns the dump_dir. Without a word of checkpoints there is one at the end.
     """
 
-    def run(name, n_ranks, distributed, *arguments, **variables):
-        argv = [f"config={tiny}", f"dump_dir={tmp_path / name}", f"steps={STEPS}", "distributed.timeout=120"]
+    def run(folder, name, n_ranks, distributed, *arguments, **variables):
+        argv = [f"config={tiny}", f"dump_dir={folder / name}", f"steps={STEPS}", "distributed.timeout=120"]
         argv += [f"checkpoint.dump.every={STEPS}"]
         argv += [f"distributed.{key}={value}" for key, value in distributed.items()]
-        ranks = start_ranks(n_ranks, [*argv, *arguments], tmp_path, **variables)
+        ranks = start_ranks(n_ranks, [*argv, *arguments], folder, **variables)
         results = [rank.finish() for rank in ranks]
         for result in results:
             result.ok()
-        return tmp_path / name
+        return folder / name
 
     return run
+
+
+@pytest.fixture
+def train(train_in, tmp_path) -> Callable[..., Path]:
+    """`train_in` the test's own folder."""
+    return functools.partial(train_in, tmp_path)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from plain import STEPS, assert_follows, load
-from training import Training, list_steps, read_losses, read_metrics
+from training import list_steps, read_losses, read_metrics
 
 from lingua.checkpoint import consolidate_checkpoints
 
@@ -123,11 +123,9 @@ def test_tensor_parallel_ranks_share_a_place_in_the_data(train, plain, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def consolidated(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    argv = [f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}", f"checkpoint.dump.every={STEPS}"]
-    Training([*argv, "grad_acc_steps=1"], folder).finish().ok()
-    return consolidate_checkpoints(folder / "run" / "checkpoints" / f"{STEPS:010d}")
+def consolidated(train_in, tmp_path_factory):
+    source = train_in(tmp_path_factory.mktemp("source"), "run", 1, {}, "grad_acc_steps=1")
+    return consolidate_checkpoints(source / "checkpoints" / f"{STEPS:010d}")
 
 
 @pytest.mark.parametrize("name", SPLIT)
