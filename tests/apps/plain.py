@@ -14,7 +14,7 @@ from lingua.data import build_dataloader_from_args, init_dataloader_state_from_a
 from lingua.distributed import World
 from lingua.optim import build_optimizer, clip_gradients
 
-STEPS = 20  # of runs on several ranks
+STEPS = 10  # of runs on several ranks
 METRICS = ("loss/out", "optim/grad_norm", "optim/value_grad_norm")
 
 

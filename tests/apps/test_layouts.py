@@ -41,6 +41,8 @@ OTHERS = {
     "HSDP 2 x 2, memory parallel 2": (4, 4, {"fsdp_type": "full_shard", "dp_shard": 2, "memory_parallel_size": 2}),
     "tensor parallel 2 x full_shard 2": (4, 2, {"tp_size": 2, "fsdp_type": "full_shard"}),
 }
+# Where it is compiled, which takes seconds a block: one of each kind.
+TWO_BLOCKS = ["model.n_layers=2", "model.productkey_args.layers='1'"]
 
 # model.* variants under the layouts that split tables, with the parameters that hold them
 PEER = {"productkey_args.peer_variant": True, "productkey_args.mem_gated": True, "weight_tying": True}
@@ -60,8 +62,9 @@ SPLIT = {
 def test_follows_one_process(name, train, plain):
     n_ranks, data_ranks, distributed = (LAYOUTS | OTHERS)[name]
     grad_acc_steps = 2 if name in LAYOUTS else 1
-    dump_dir = train("run", n_ranks, distributed, f"grad_acc_steps={grad_acc_steps}")
-    assert_follows(dump_dir, plain(data_ranks, grad_acc_steps))
+    arguments = TWO_BLOCKS if "compile" in distributed else []
+    dump_dir = train("run", n_ranks, distributed, f"grad_acc_steps={grad_acc_steps}", *arguments)
+    assert_follows(dump_dir, plain(data_ranks, grad_acc_steps, *arguments))
     places = sorted((dump_dir / "checkpoints" / f"{STEPS:010d}").glob("train_state_*.json"))
     assert len(places) == data_ranks
     tokens = STEPS * grad_acc_steps * data_ranks * 2 * 32
@@ -83,13 +86,13 @@ BATCHES = {4: ["grad_acc_steps=1"], 2: ["grad_acc_steps=2"], 1: ["grad_acc_steps
 
 
 def test_checkpoints_move_between_layouts(train, plain, tmp_path):
-    """Steps 1 to 7 on four ranks, to 14 on two, to 20 on one, and from 14 on four again, each in another layout."""
+    """Steps 1 to 4 on four ranks, to 8 on two, to 10 on one, and from 8 on four again, each in another layout."""
     legs = [
         ("first", 4, LAYOUTS["HSDP 2 x 2"][2], None),
-        ("second", 2, {"memory_parallel_size": 2}, ("first", 7)),
-        ("third", 1, {}, ("second", 14)),
-        ("fourth", 4, {"fsdp_type": "full_shard", "memory_parallel_size": 4}, ("second", 14)),
-        ("fifth", 2, {"fsdp_type": "full_shard", "checkpoint_each_layer": True}, ("fourth", 15)),
+        ("second", 2, {"memory_parallel_size": 2}, ("first", 4)),
+        ("third", 1, {}, ("second", 8)),
+        ("fourth", 4, {"fsdp_type": "full_shard", "memory_parallel_size": 4}, ("second", 8)),
+        ("fifth", 2, {"fsdp_type": "full_shard", "checkpoint_each_layer": True}, ("fourth", 9)),
     ]
     expected, model = plain(4, 1)
     for name, n_ranks, distributed, before in legs:
@@ -98,7 +101,7 @@ def test_checkpoints_move_between_layouts(train, plain, tmp_path):
             start = before[1]
             folder = f"checkpoints/{start:010d}"
             shutil.copytree(tmp_path / before[0] / folder, tmp_path / name / folder)
-        every = "checkpoint.dump.every=1" if name == "fourth" else "checkpoint.dump.every=7"
+        every = "checkpoint.dump.every=1" if name == "fourth" else "checkpoint.dump.every=4"
         dump_dir = train(name, n_ranks, distributed, every, *BATCHES[n_ranks])
         losses = read_losses(dump_dir)
         assert [step for step, _ in losses] == list(range(start + 1, STEPS + 1))
@@ -110,13 +113,13 @@ def test_checkpoints_move_between_layouts(train, plain, tmp_path):
 
 def test_tensor_parallel_ranks_share_a_place_in_the_data(train, plain, tmp_path):
     """Two ranks of tensor parallelism go on as one rank, and the other way round."""
-    train("split", 2, {"tp_size": 2}, "grad_acc_steps=1", "checkpoint.dump.every=10")
-    shutil.copytree(tmp_path / "split/checkpoints/0000000010", tmp_path / "whole/checkpoints/0000000010")
-    whole = train("whole", 1, {}, "grad_acc_steps=1", "checkpoint.dump.every=5")
-    shutil.copytree(tmp_path / "whole/checkpoints/0000000015", tmp_path / "again/checkpoints/0000000015")
+    train("split", 2, {"tp_size": 2}, "grad_acc_steps=1", "checkpoint.dump.every=4")
+    shutil.copytree(tmp_path / "split/checkpoints/0000000004", tmp_path / "whole/checkpoints/0000000004")
+    whole = train("whole", 1, {}, "grad_acc_steps=1", "checkpoint.dump.every=7")
+    shutil.copytree(tmp_path / "whole/checkpoints/0000000007", tmp_path / "again/checkpoints/0000000007")
     again = train("again", 2, {"tp_size": 2}, "grad_acc_steps=1")
     expected, _ = plain(1, 1)
-    for dump_dir, start in ((whole, 10), (again, 15)):
+    for dump_dir, start in ((whole, 4), (again, 7)):
         assert [loss for _, loss in read_losses(dump_dir)] == pytest.approx(
             [row[0] for row in expected[start:]], rel=1e-4
         )
