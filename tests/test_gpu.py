@@ -448,9 +448,7 @@ def test_parts_train_alike(name):
 
 def test_layouts_through_nccl(tmp_path):
     """As far as one GPU goes: see gpu_one_rank.py."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "tests" / "gpu_one_rank.py"), str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
+    subprocess.run([sys.executable, "-m", "tests.helpers.gpu_one_rank", str(tmp_path)], cwd=ROOT, check=True)
 
 
 # --- generation and evaluation ---------------------------------------------------------------------------------------

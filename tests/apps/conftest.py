@@ -3,8 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from plain import STEPS, train_plainly
-from training import Training, list_steps, start_ranks, tiny_config, write_config, write_corpus
+
+from tests.helpers.plain import STEPS, train_plainly
+from tests.helpers.training import Training, list_steps, start_ranks, tiny_config, write_config, write_corpus
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training import (
+
+from apps.main.train import TrainArgs, validate_train_args
+from lingua.args import parse_args
+from lingua.checkpoint import consolidate_checkpoints, read_metadata
+from lingua.distributed import World
+from tests.helpers.training import (
     Training,
     bytes_of,
     free_port,
@@ -25,11 +30,6 @@ from training import (
     torchrun,
     wait_until,
 )
-
-from apps.main.train import TrainArgs, validate_train_args
-from lingua.args import parse_args
-from lingua.checkpoint import consolidate_checkpoints, read_metadata
-from lingua.distributed import World
 
 MEMORY = "model.productkey_args"
 SIZES = ("dp_shard", "dp_replicate", "tp_size", "memory_parallel_size")

@@ -6,9 +6,9 @@ import signal
 import psutil
 import pytest
 import torch
-from training import last_step, list_steps, read_losses, read_metrics, start_ranks
 
 from lingua.checkpoint import consolidate_checkpoints, read_consolidated
+from tests.helpers.training import last_step, list_steps, read_losses, read_metrics, start_ranks
 
 
 def weights(dump_dir, step):

@@ -22,12 +22,20 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
-from training import PROCESSES, REPOSITORY, Training, _train_here, clean_environment, snapshot, write_corpus
 
 from apps.main import train
 from apps.main.train import TrainArgs
 from lingua.args import to_dict
 from lingua.distributed import run_main
+from tests.helpers.training import (
+    PROCESSES,
+    REPOSITORY,
+    Training,
+    _train_here,
+    clean_environment,
+    snapshot,
+    write_corpus,
+)
 
 N_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))

@@ -5,12 +5,12 @@ import logging
 import shutil
 
 import pytest
-from evaluation import TEXTS, small_model, write_run
-from training import read_losses, read_metrics
 
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
 from apps.main.validation import validate_source
 from lingua.tokenizer import ByteTokenizer, build_tokenizer
+from tests.helpers.evaluation import TEXTS, small_model, write_run
+from tests.helpers.training import read_losses, read_metrics
 
 
 @pytest.fixture

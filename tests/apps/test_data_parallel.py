@@ -8,8 +8,13 @@ import sys
 import psutil
 import pytest
 import torch
-from plain import train_plainly
-from training import (
+
+from apps.main.train import TrainArgs
+from apps.main.transformer import LMTransformer
+from lingua.args import parse_args
+from lingua.checkpoint import load_model
+from tests.helpers.plain import train_plainly
+from tests.helpers.training import (
     REPOSITORY,
     finish_command,
     last_step,
@@ -22,11 +27,6 @@ from training import (
     torchrun,
     wait_until,
 )
-
-from apps.main.train import TrainArgs
-from apps.main.transformer import LMTransformer
-from lingua.args import parse_args
-from lingua.checkpoint import load_model
 
 STEPS = 20
 

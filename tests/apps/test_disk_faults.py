@@ -5,7 +5,9 @@ import signal
 import subprocess
 
 import pytest
-from training import (
+
+from lingua.checkpoint import find_damage
+from tests.helpers.training import (
     Training,
     bytes_of,
     last_step,
@@ -15,8 +17,6 @@ from training import (
     small_disk,
     start_ranks,
 )
-
-from lingua.checkpoint import find_damage
 
 # Of a run that does not end by itself, nor saves.
 ENDLESS = ("steps=1000000", "checkpoint.dump.every=1000000")

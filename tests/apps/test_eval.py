@@ -8,8 +8,6 @@ import types
 
 import pytest
 import torch
-from evaluation import TEXTS, write_run
-from training import run_command
 
 from apps.main.eval import EvalArgs, find_checkpoints, launch_eval
 from apps.main.generate import GeneratorArgs, load_consolidated_model_and_tokenizer
@@ -17,6 +15,8 @@ from apps.main.validation import ValidationArgs, rows_of
 from lingua.checkpoint import consolidate_checkpoints
 from lingua.metrics import drop_metrics_after
 from lingua.transformer import cross_entropy
+from tests.helpers.evaluation import TEXTS, write_run
+from tests.helpers.training import run_command
 
 
 @pytest.fixture(scope="module")

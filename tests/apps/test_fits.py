@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from training import REPOSITORY
 
 from apps.main import fits
 from apps.main.fits import (
@@ -25,6 +24,7 @@ from lingua.args import parse_args
 from lingua.data import QUEUED_BATCHES
 from lingua.distributed import World
 from lingua.optim import build_optimizer
+from tests.helpers.training import REPOSITORY
 
 MEMORY = "model.productkey_args"
 WITH_MEMORY = [f"{MEMORY}.is_enabled=true", f"{MEMORY}.layers='0,2'", f"{MEMORY}.mem_n_keys=16", f"{MEMORY}.mem_knn=4"]

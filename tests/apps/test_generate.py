@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation import small_model, write_run
 
 from apps.main import generate
 from apps.main.generate import (
@@ -24,6 +23,7 @@ from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.checkpoint import consolidate_checkpoints
 from lingua.product_key.memory import ProductKeyArgs
 from lingua.tokenizer import build_tokenizer
+from tests.helpers.evaluation import small_model, write_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = ["ab", "a longer prompt, much more", "", "mid dle", "xyz" * 5, "ab"]

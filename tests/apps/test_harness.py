@@ -5,10 +5,8 @@ import json
 import lm_eval
 import pytest
 import torch
-from evaluation import NAMES, facts_config, small_model, write_facts
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from training import Training, list_steps, read_losses, run_command, start_ranks, write_config
 
 from apps.main import harness
 from apps.main.eval import EvalArgs, launch_eval
@@ -18,6 +16,8 @@ from apps.main.hf import export_hf
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
 from lingua.tokenizer import build_tokenizer
+from tests.helpers.evaluation import NAMES, facts_config, small_model, write_facts
+from tests.helpers.training import Training, list_steps, read_losses, run_command, start_ranks, write_config
 
 TASKS = ["facts_gen", "facts_choice", "facts_text"]
 

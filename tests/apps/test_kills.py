@@ -10,7 +10,8 @@ import time
 from collections import Counter
 
 import pytest
-from training import Hold, computed, list_steps, start_ranks
+
+from tests.helpers.training import Hold, computed, list_steps, start_ranks
 
 KILLS = int(os.environ.get("LINGUA_KILLS", "50"))
 SEED = os.environ.get("LINGUA_KILLS_SEED", "0")

@@ -6,7 +6,9 @@ import socket
 
 import psutil
 import pytest
-from training import (
+
+from lingua.checkpoint import find_damage
+from tests.helpers.training import (
     Training,
     finish_command,
     free_port,
@@ -18,8 +20,6 @@ from training import (
     start_ranks,
     wait_until,
 )
-
-from lingua.checkpoint import find_damage
 
 STEPS = 20
 # Seconds, of distributed.timeout, for the runs in which a rank hangs.

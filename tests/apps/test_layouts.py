@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from plain import STEPS, assert_follows, load
-from training import list_steps, read_losses, read_metrics
 
 from lingua.checkpoint import consolidate_checkpoints
+from tests.helpers.plain import STEPS, assert_follows, load
+from tests.helpers.training import list_steps, read_losses, read_metrics
 
 TABLE = "layers.1.feed_forward.values.weight"
 

@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from training import read_metrics, start_ranks
+
+from tests.helpers.training import read_metrics, start_ranks
 
 NAMES = {"read", "ever_read", "kl", "top_weight", "value_update_norm"}
 

@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from training import REPOSITORY
 
 from apps.bench import growth as bench
 from apps.plots import growth
@@ -19,6 +18,7 @@ from apps.plots.read import names_of, read_run
 from apps.plots.run import main, parse_command_line, plot
 from apps.plots.sheet import draw_sheet, grid
 from apps.plots.style import ShortNumbers, label_ends, short
+from tests.helpers.training import REPOSITORY
 
 LAYERS = (4, 12)
 

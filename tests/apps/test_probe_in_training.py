@@ -5,7 +5,8 @@ import json
 import shutil
 
 import pytest
-from training import read_losses, start_ranks
+
+from tests.helpers.training import read_losses, start_ranks
 
 PROBE = "probe_freq=4"
 

@@ -3,7 +3,7 @@
 import gzip
 import json
 
-from training import last_step, list_steps, read_losses, read_metrics, start_ranks
+from tests.helpers.training import last_step, list_steps, read_losses, read_metrics, start_ranks
 
 WATCHED = ["profiling.run=true", "profiling.mem_warmup=2", "profiling.mem_steps=1", "profiling.profile_warmup=3"]
 

@@ -7,9 +7,18 @@ import signal
 import psutil
 import pytest
 import torch
-from training import Hold, computed, last_step, list_steps, read_losses, read_metrics, snapshot, wait_until
 
 from lingua.checkpoint import consolidate_checkpoints, read_consolidated
+from tests.helpers.training import (
+    Hold,
+    computed,
+    last_step,
+    list_steps,
+    read_losses,
+    read_metrics,
+    snapshot,
+    wait_until,
+)
 
 
 def copy_run(reference, dump_dir, last):

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from training import Hold, last_step, list_steps, read_losses, start_ranks
 
 from lingua.checkpoint import find_damage, find_damaged_json, read_metadata
+from tests.helpers.training import Hold, last_step, list_steps, read_losses, start_ranks
 
 ASYNC = "checkpoint.save_async=true"
 STEPS = 20

@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from evaluation import TEXTS, write_run
 
 from apps.main.eval import EvalArgs, launch_eval
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator, load_consolidated_model_and_tokenizer
 from apps.main.slot_reads import write_slot_reads
 from apps.main.transformer import LMTransformer
 from apps.main.validation import EvaluationStopped, ValidationArgs
+from tests.helpers.evaluation import TEXTS, write_run
 
 # TEXTS as they are read: with BOS, and without the EOS that nothing is predicted from.
 N_READ = [len(text.encode()) + 1 for text in TEXTS]

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import training
-from cluster import Cluster, running_cluster
-from training import (
+
+from lingua.stool import StoolArgs, launch_job
+from tests.helpers import training
+from tests.helpers.cluster import Cluster, running_cluster
+from tests.helpers.training import (
     REPOSITORY,
     Result,
     clean_environment,
@@ -27,8 +29,6 @@ from training import (
     write_config,
     write_corpus,
 )
-
-from lingua.stool import StoolArgs, launch_job
 
 # SLURM's commands, a process each time, are not to take the cores from the ranks that are waited for.
 wait_until = functools.partial(training.wait_until, pause=0.1)

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from training import list_steps, read_losses, read_metrics, start_ranks
 
 from apps.main.train import TrainArgs, validate_train_args
 from lingua.args import parse_args
 from lingua.checkpoint import consolidate_checkpoints, read_consolidated
 from lingua.distributed import World
+from tests.helpers.training import list_steps, read_losses, read_metrics, start_ranks
 
 SPARSE = "optim.value_update=sparse"
 STOCHASTIC = [SPARSE, "optim.value_rounding=stochastic", "distributed.model_dtype=bf16"]

@@ -11,7 +11,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from training import (
+
+from apps.main.train import TrainArgs, train
+from apps.main.transformer import LMTransformer
+from lingua.args import parse_args
+from lingua.checkpoint import consolidate_checkpoints, load_model, read_consolidated
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from tests.helpers.training import (
     Training,
     last_step,
     list_steps,
@@ -21,12 +27,6 @@ from training import (
     snapshot,
     write_config,
 )
-
-from apps.main.train import TrainArgs, train
-from apps.main.transformer import LMTransformer
-from lingua.args import parse_args
-from lingua.checkpoint import consolidate_checkpoints, load_model, read_consolidated
-from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 
 
 @pytest.fixture(autouse=True)

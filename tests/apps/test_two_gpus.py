@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from plain import STEPS
-from training import last_step, list_steps, read_losses, read_metrics, start_ranks
+
+from tests.helpers.plain import STEPS
+from tests.helpers.training import last_step, list_steps, read_losses, read_metrics, start_ranks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ranks import run_ranks
 from torch import nn
 
 from lingua import checkpoint_integrity
@@ -34,6 +33,7 @@ from lingua.checkpoint_integrity import (
     write_checksums,
     writing,
 )
+from tests.helpers.ranks import run_ranks
 
 
 def build():

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from layouts import LAYOUTS, SEQ_LEN, VOCABULARY, build, distributed_args, here, model_args, whole, whole_weights
-from ranks import run_ranks
 from torch.optim import Optimizer
 
 from apps.main.transformer import LMTransformer
@@ -24,6 +22,18 @@ from lingua.checkpoint import (
 from lingua.distributed import data_rank
 from lingua.optim import OptimArgs, build_optimizer
 from lingua.parallelize import GradientReducer
+from tests.helpers.layouts import (
+    LAYOUTS,
+    SEQ_LEN,
+    VOCABULARY,
+    build,
+    distributed_args,
+    here,
+    model_args,
+    whole,
+    whole_weights,
+)
+from tests.helpers.ranks import run_ranks
 
 SAVED = {
     name: LAYOUTS[4][name]

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import whole
-from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -17,6 +15,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag, SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.memory import HashingMemory
+from tests.helpers.layouts import whole
+from tests.helpers.ranks import run_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MEMORY_LAYERS = [case for case in json.loads((GOLDEN / "manifest.json").read_text()) if case["kind"] == "memory_layer"]

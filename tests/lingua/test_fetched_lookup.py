@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, whole
-from ranks import run_ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
@@ -23,6 +21,8 @@ from lingua.distributed import DistributedArgs, World, data_rank, validate_distr
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.product_key import fetched_lookup
 from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
+from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, whole
+from tests.helpers.ranks import run_ranks
 
 # A device that is the CPU and yet not equal to that of its tensors: rows go through the buffers, as to a GPU.
 ELSEWHERE = torch.device("cpu", 0)

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from apps.bench.layout import compare, measure
 from apps.main.train import TrainArgs
 from lingua.args import from_dict
 from lingua.distributed import World, validate_distributed_args
 from lingua.parallelize import validate_parallelism
+from tests.helpers.ranks import run_ranks
 
 MEMORY = {"is_enabled": True, "layers": "1,3", "mem_n_keys": 24, "mem_heads": 2, "mem_knn": 8, "mem_k_dim": 16}
 SIZES = {"dim": 64, "n_layers": 4, "n_heads": 4, "multiple_of": 40, "vocab_size": 96, "max_seqlen": 32}

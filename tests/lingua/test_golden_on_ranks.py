@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import LAYOUTS, build, distributed_args, here, whole
-from ranks import run_ranks
 
 from apps.main.transformer import LMTransformerArgs
 from lingua.checkpoint import load_model
 from lingua.distributed import data_rank
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.product_key.memory import ProductKeyArgs
+from tests.helpers.layouts import LAYOUTS, build, distributed_args, here, whole
+from tests.helpers.ranks import run_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [case for case in json.loads((GOLDEN / "manifest.json").read_text()) if case["kind"] == "train"]

@@ -5,14 +5,14 @@ import random
 
 import pytest
 import torch
-from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, here
-from ranks import run_ranks
 from torch import nn
 
 from lingua.distributed import World, local_part, reduce_sum
 from lingua.guards import Guard, GuardArgs, Usual, check_weights, seed_of_backward, validate_guard_args
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import reshard
+from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, here
+from tests.helpers.ranks import run_ranks
 
 NAN, INF = float("nan"), float("inf")
 

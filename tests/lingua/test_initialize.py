@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from layouts import LAYOUTS, MODELS, build, whole_weights
-from ranks import run_ranks
 from torch import nn
 from torch.distributed import tensor as distributed_tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from apps.main.transformer import LMTransformer
 from lingua import initialize
 from lingua.initialize import normal, truncated_normal, uniform, xavier_uniform
+from tests.helpers.layouts import LAYOUTS, MODELS, build, whole_weights
+from tests.helpers.ranks import run_ranks
 
 FILLS = {
     "normal": lambda parameter: normal(parameter, 0.3),

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from layouts import MODELS, SEQ_LEN, VOCABULARY, build, build_alone, here, model_args
-from ranks import run_ranks
 
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer
 from lingua.product_key.slot_use import paused
+from tests.helpers.layouts import MODELS, SEQ_LEN, VOCABULARY, build, build_alone, here, model_args
+from tests.helpers.ranks import run_ranks
 
 N_STEPS, N_BATCHES, N_ROWS = 3, 2, 4
 

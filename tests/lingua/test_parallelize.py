@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, build_alone, distributed_args, here, model_args, whole
-from ranks import run_ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +16,19 @@ from lingua.distributed import DistributedArgs, World, data_rank, mesh_sizes, va
 from lingua.initialize import normal
 from lingua.optim import clip_gradients, split_parameters
 from lingua.parallelize import validate_parallelism
+from tests.helpers.layouts import (
+    LAYOUTS,
+    MODELS,
+    SEQ_LEN,
+    VOCABULARY,
+    build,
+    build_alone,
+    distributed_args,
+    here,
+    model_args,
+    whole,
+)
+from tests.helpers.ranks import run_ranks
 
 FULL = {"fsdp_type": "full_shard"}
 

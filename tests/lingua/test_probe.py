@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import MODELS, SEQ_LEN, VOCABULARY, build, build_alone, distributed_args, here, model_args
-from ranks import run_ranks
 from torch._dynamo.backends.debugging import aot_eager
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs
@@ -22,6 +20,8 @@ from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.probe import STATISTICS, append_probe, attention_entropy, drop_probes_after, probe, summarize
 from lingua.transformer import apply_rotary, create_causal_mask
+from tests.helpers.layouts import MODELS, SEQ_LEN, VOCABULARY, build, build_alone, distributed_args, here, model_args
+from tests.helpers.ranks import run_ranks
 
 DENSE = model_args({"is_enabled": False}, n_kv_heads=2)
 LAYOUTS = {

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from lingua.distributed import StopSignal
+from tests.helpers.ranks import run_ranks
 
 
 def add(number: int) -> dict[str, object]:

@@ -25,7 +25,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lingua import shuffle, shuffle_jobs, shuffle_output
+from lingua.data import DataArgs, validate_data_args
+from lingua.documents import InputFile, find_files, read_lines
+from lingua.shuffle import Plan, choose_n_validation, keys_of
+from lingua.shuffle_jobs import Cluster, Progress, Resources, run
+from tests.helpers.corpus import (
     documents_of,
     expected_files,
     expected_order,
@@ -37,14 +45,6 @@ from corpus import (
     write_parquet,
     written,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from lingua import shuffle, shuffle_jobs, shuffle_output
-from lingua.data import DataArgs, validate_data_args
-from lingua.documents import InputFile, find_files, read_lines
-from lingua.shuffle import Plan, choose_n_validation, keys_of
-from lingua.shuffle_jobs import Cluster, Progress, Resources, run
 
 MEMORY = 300_000_000
 ONE = Resources(MEMORY, workers=1)

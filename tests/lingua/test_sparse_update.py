@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, model_args, whole
-from ranks import run_ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch.optim import Optimizer
 
@@ -24,6 +22,8 @@ from lingua.product_key import xformer_embeddingbag
 from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.row_gradients import RowGradients
 from lingua.sparse_update import SparseAdamW, _round_at_random
+from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, model_args, whole
+from tests.helpers.ranks import run_ranks
 
 # Learning rates large enough that errors would show.
 OPTIM = {"lr": 0.01, "scheduler": "constant", "weight_decay": 0.5}

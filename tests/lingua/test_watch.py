@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from ranks import run_ranks
 
 from lingua import watch as watch_module
 from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.watch import Watch
+from tests.helpers.ranks import run_ranks
 
 # --- the loader ---------------------------------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import Hub, _Handler
 
 from lingua.data import DataArgs, validate_data_args
+from tests.helpers.hub import Hub, _Handler
 
 SCRIPT = Path(__file__).resolve().parents[2] / "setup" / "download_prepare_hf_data.py"
 TOKEN = "hf_verysecret"

@@ -19,12 +19,12 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from hub import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, build_tokenizer
+from tests.helpers.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = "meta-llama/Meta-Llama-3-8B"

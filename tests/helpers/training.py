@@ -114,11 +114,11 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None  # what it has found out before; TMPDIR may say otherwise now
 
-    import faults
     import torch
 
     from apps.main.train import main
     from lingua.distributed import run_main
+    from tests.helpers import faults
 
     torch.set_num_threads(1)
     if "HOLD" in environment:

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from training import read_metrics
 
 from apps.main.train import TrainArgs, validate_train_args
 from apps.main.transformer import LMTransformer
@@ -13,6 +12,7 @@ from lingua.checkpoint import load_model
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import World
 from lingua.optim import build_optimizer, clip_gradients
+from tests.helpers.training import read_metrics
 
 STEPS = 10  # of runs on several ranks
 METRICS = ("loss/out", "optim/grad_norm", "optim/value_grad_norm")

@@ -1,6 +1,6 @@
 """What layouts of ranks are made of, through nccl, on one GPU: run by test_gpu.py in a process of its own.
 
-    python tests/gpu_one_rank.py FOLDER
+    python -m tests.helpers.gpu_one_rank FOLDER
 
 FSDP over one rank, a table split over one rank (in the CPU's memory, too) and saving in the background, beside the same
 model without them.

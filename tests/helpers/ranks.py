@@ -35,7 +35,7 @@ def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, patie
     tracebacks of all ranks that failed, the first one first.
     """
     # Importing torch takes seconds, so processes are forked from a server that has done it. The list is the one of
-    # tests/apps/training.py: there is one server, started by whoever comes first.
+    # tests/helpers/training.py: there is one server, started by whoever comes first.
     PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_Rank(rank, n_ranks, folder, patience, function, arguments) for rank in range(n_ranks)]
