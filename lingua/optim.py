@@ -29,6 +29,10 @@ VALUE_ROUNDINGS = ("nearest", "stochastic")
 class OptimArgs:
     """Config section `optim`. `value_update: sparse` touches only the rows of value tables that a step has read, with
     `value_rounding: stochastic` rounding bf16 tables at random (both: lingua/sparse_update.py).
+
+    `value_beta1`, `value_weight_decay`: of the value tables, where they differ from the other parameters'. A row is
+    read in few steps. With `beta1` it keeps moving along the gradient of its last read for about 1 / (1 - beta1)
+    steps, so 0 often learns more (apps/capacity/LOG.md).
     """
 
     lr: float = 3e-4
@@ -47,6 +51,8 @@ class OptimArgs:
     exp_factor: float = 0.5
     value_update: str = "dense"
     value_rounding: str = "nearest"
+    value_beta1: float | None = None
+    value_weight_decay: float | None = None
 
 
 def validate_optim_args(args: OptimArgs) -> None:
@@ -59,13 +65,14 @@ def validate_optim_args(args: OptimArgs) -> None:
         raise ValueError(f"optim.value_rounding: '{args.value_rounding}' is neither {' nor '.join(VALUE_ROUNDINGS)}")
     if args.value_rounding == "stochastic" and args.value_update != "sparse":
         raise ValueError("optim.value_rounding: stochastic goes not with value_update=dense; set value_update=sparse")
-    for name in ("lr", "weight_decay", "epsilon", "warmup", "lr_min_ratio"):
+    for name in ("lr", "weight_decay", "epsilon", "warmup", "lr_min_ratio", "value_weight_decay"):
         value = getattr(args, name)
-        if not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"optim.{name}: {value} must be 0 or more")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"optim.{name}: {getattr(args, name)} must be at least 0 and below 1")
+    for name in ("beta1", "beta2", "value_beta1"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"optim.{name}: {value} must be at least 0 and below 1")
     for name in ("clip", "cycle_length", "cosine_theta", "exp_factor"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"optim.{name}: {getattr(args, name)} must be a number above 0")
@@ -165,7 +172,12 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int =
     groups = [{"params": kinds["dense"], "lr": args.lr}]
     if kinds["values"]:
         fixed = next(m.value_fixed_lr for m in model.modules() if isinstance(m, HashingMemory))
-        groups.append({"params": kinds["values"], "lr": args.lr if fixed is None else fixed})
+        values = {"params": kinds["values"], "lr": args.lr if fixed is None else fixed}
+        if args.value_beta1 is not None:
+            values["betas"] = (args.value_beta1, args.beta2)
+        if args.value_weight_decay is not None:
+            values["weight_decay"] = args.value_weight_decay
+        groups.append(values)
         groups.append({"params": kinds["memory"], "lr": args.lr})
     options = {
         "betas": (args.beta1, args.beta2),

@@ -52,6 +52,8 @@ def count_parameters_by_part(args: TrainArgs) -> list[Parameters]:
     hidden = hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
     attention = 2 * model.dim * head_dim * (n_heads + n_kv_heads)
     query = (model.dim + 1) * memory.mem_heads * memory.mem_k_dim
+    if memory.mem_qk_norm:
+        query += 2 * (memory.mem_k_dim // 2)
     keys = 2 * memory.mem_heads * memory.mem_n_keys * (memory.mem_k_dim // 2)
     projections = (model.dim + 1) * v_dim if memory.swilu_projection else 0
     if memory.swilu_projection or memory.mem_v_dim > 0:

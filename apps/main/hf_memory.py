@@ -34,6 +34,7 @@ class MemoryLinguaConfig(MistralConfig):
         swilu_projection: bool = True,
         mem_gated: bool = False,
         peer_variant: bool = False,
+        mem_qk_norm: bool = False,
         **kwargs: object,
     ):
         self.memory_layers = sorted(memory_layers or [])
@@ -41,6 +42,7 @@ class MemoryLinguaConfig(MistralConfig):
         self.mem_share_values = mem_share_values
         self.mem_k_dim, self.mem_v_dim = mem_k_dim, mem_v_dim
         self.swilu_projection, self.mem_gated, self.peer_variant = swilu_projection, mem_gated, peer_variant
+        self.mem_qk_norm = mem_qk_norm
         super().__init__(**kwargs)
 
 
@@ -65,6 +67,8 @@ class ProductKeyMemory(nn.Module):
         self.keys = nn.Parameter(torch.empty(2 * self.heads * self.n_keys, self.half))
         # Here, since transformers initialises linears and embeddings but knows nothing of this parameter.
         nn.init.uniform_(self.keys, -(config.mem_k_dim**-0.5), config.mem_k_dim**-0.5)
+        self.query_norm = nn.RMSNorm(self.half, eps=1e-5) if config.mem_qk_norm else None
+        self.key_norm = nn.RMSNorm(self.half, eps=1e-5) if config.mem_qk_norm else None
         # In a tuple, which nn.Module does not look into.
         self._owner = (owner,) if owner is not None else ()
         if owner is None and self.peer_variant:
@@ -92,6 +96,11 @@ class ProductKeyMemory(nn.Module):
         """The best slots of every token and head, and their softmax weights in fp32, both (N, H, K)."""
         query_NH2D = self.query_proj(x_NC).view(-1, self.heads, 2, self.half)
         keys_H2nD = self.keys.view(self.heads, 2, self.n_keys, self.half)
+        if self.query_norm is not None:
+            query_NH2D = F.rms_norm(query_NH2D.float(), (self.half,), self.query_norm.weight.float(), 1e-5).to(
+                x_NC.dtype
+            )
+            keys_H2nD = F.rms_norm(keys_H2nD.float(), (self.half,), self.key_norm.weight.float(), 1e-5).to(x_NC.dtype)
         best, index = torch.einsum("nhsd,hskd->nhsk", query_NH2D, keys_H2nD).topk(self.knn, dim=-1)
         (best1, best2), (index1, index2) = best.float().unbind(2), index.unbind(2)
         rank1, rank2 = torch.tensor(self.pairs, device=x_NC.device).unbind(1)

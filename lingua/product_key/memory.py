@@ -21,6 +21,8 @@ from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddi
 from lingua.product_key.search import search
 from lingua.product_key.slot_use import SlotUse
 
+NORM_EPS = 1e-5
+
 
 @dataclass
 class ProductKeyArgs:
@@ -38,6 +40,7 @@ class ProductKeyArgs:
     value_fixed_lr: float | None = 0.001  # null: the model's lr
     mem_gated: bool = False
     peer_variant: bool = False
+    mem_qk_norm: bool = False  # RMSNorm of each query half and each key before their product
 
 
 def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:
@@ -102,6 +105,7 @@ class HashingMemory(nn.Module):
         value_fixed_lr: float | None = 0.001,
         mem_gated: bool = False,
         peer_variant: bool = False,
+        mem_qk_norm: bool = False,
         owner: HashingMemory | None = None,
     ):
         super().__init__()
@@ -118,6 +122,8 @@ class HashingMemory(nn.Module):
 
         self.query_proj = QueryProjection(input_dim, mem_heads * mem_k_dim)
         self.keys = nn.Parameter(torch.empty(2 * mem_heads * mem_n_keys, mem_k_dim // 2))
+        self.query_norm = nn.RMSNorm(mem_k_dim // 2, eps=NORM_EPS) if mem_qk_norm else None
+        self.key_norm = nn.RMSNorm(mem_k_dim // 2, eps=NORM_EPS) if mem_qk_norm else None
         # In a tuple, which nn.Module does not look into.
         self._owner = (owner,) if owner is not None else ()
         if owner is None:
@@ -143,11 +149,18 @@ class HashingMemory(nn.Module):
         return () if self._owner else self.tables
 
     def reset_parameters(self) -> None:
-        """Keys uniform in +-1/sqrt(k_dim), query Xavier, projections and tables normal with std dim**-0.5, biases 0."""
+        """Keys uniform in +-1/sqrt(k_dim), query Xavier, projections and tables normal with std dim**-0.5, biases 0.
+
+        Norms: 1 for queries, 1/sqrt(k_dim / 2) for keys.
+        """
         uniform(self.keys, self.k_dim**-0.5)
         query = self.query_proj.query_mlps[0]
         xavier_uniform(query.weight)
         nn.init.zeros_(query.bias)
+        if self.query_norm is not None:
+            nn.init.ones_(self.query_norm.weight)
+            # Products of two normalized halves then have a variance of 1, as attention's scores do.
+            nn.init.constant_(self.key_norm.weight, (self.k_dim // 2) ** -0.5)
         for projection in (self.swilu_projection, self.value_proj, self.gating):
             if projection is not None:
                 normal(projection.weight, std=self.input_dim**-0.5)
@@ -181,6 +194,9 @@ class HashingMemory(nn.Module):
         """
         query_NH2D = query.view(-1, self.heads, 2, self.k_dim // 2)
         keys_H2nD = self.keys.view(self.heads, 2, self.n_keys, self.k_dim // 2)
+        if self.query_norm is not None:
+            query_NH2D = self.query_norm(query_NH2D.float()).to(query_NH2D.dtype)
+            keys_H2nD = self.key_norm(keys_H2nD.float()).to(keys_H2nD.dtype)
         return search(query_NH2D, keys_H2nD, knn)
 
     def lookup(self, x_NC: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

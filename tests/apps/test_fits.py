@@ -39,6 +39,7 @@ VARIANTS = [
     [*WITH_MEMORY, f"{MEMORY}.mem_share_values=false", f"{MEMORY}.mem_v_dim=20", f"{MEMORY}.mem_k_dim=6"],
     [*WITH_MEMORY, f"{MEMORY}.peer_variant=true", f"{MEMORY}.swilu_projection=false"],
     [*WITH_MEMORY, f"{MEMORY}.mem_gated=true", f"{MEMORY}.mem_heads=3", "distributed.model_dtype=fp32"],
+    [*WITH_MEMORY, f"{MEMORY}.mem_qk_norm=true"],
 ]
 
 

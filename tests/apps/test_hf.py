@@ -55,6 +55,7 @@ VARIANTS = {
     "memory_v_dim": with_memory(mem_v_dim=20),
     "memory_gated_without_swilu": with_memory(mem_gated=True, swilu_projection=False),
     "memory_v_dim_without_swilu": with_memory(mem_v_dim=20, swilu_projection=False, mem_share_values=False),
+    "memory_qk_norm": with_memory(mem_qk_norm=True),
     "memory_peer": with_memory(peer_variant=True),
     "memory_peer_separate": with_memory(peer_variant=True, mem_share_values=False, swilu_projection=False),
     "memory_window_grouped_tied": {**with_memory(), "sliding_window": 9, "n_kv_heads": 2, "weight_tying": True},

@@ -36,6 +36,8 @@ CASES = {
         "wide heads, gated, v_dim": config(
             {"mem_gated": True, "mem_v_dim": 24}, {"head_dim": 24, "n_heads": 3}, distributed=BF16
         ),
+        "qk_norm": config({"mem_qk_norm": True}, distributed=BF16),
+        "qk_norm in fp32": config({"mem_qk_norm": True}, distributed=FP32),
         "bare memory": config({"swilu_projection": False, "mem_gated": True}, distributed=FP32),
         "bare memory, v_dim": config({"swilu_projection": False, "mem_v_dim": 24}, distributed=BF16),
         "separate PEER": config({"peer_variant": True, "mem_share_values": False}, distributed=BF16),

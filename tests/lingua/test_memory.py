@@ -212,6 +212,35 @@ def test_autocast(variant):
     assert all(parameter.grad.isfinite().all() for parameter in memory.parameters())
 
 
+def test_normalized_queries_and_keys():
+    """RMSNorm of each half of the query and each key, with a weight each, then all n * n sums."""
+    memory = build((7, 4, 3, 6), mem_qk_norm=True)
+    half = memory.k_dim // 2
+    with torch.no_grad():
+        assert torch.equal(memory.query_norm.weight, torch.ones(half))
+        assert torch.equal(memory.key_norm.weight, torch.full((half,), half**-0.5))
+        for norm in (memory.query_norm, memory.key_norm):
+            norm.weight.mul_(torch.rand(half) + 0.5)
+    query = torch.randn(5 * memory.heads, memory.k_dim)
+
+    def normalize(x, norm):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+
+    queries = normalize(query.double().view(5, memory.heads, 2, half), memory.query_norm)
+    keys = normalize(memory.keys.double().view(memory.heads, 2, memory.n_keys, half), memory.key_norm)
+    row, column = torch.einsum("nhsd,hskd->snhk", queries, keys)
+    best, slots = (row[..., :, None] + column[..., None, :]).flatten(-2).topk(memory.knn)
+    scores, found = memory.get_indices(query, memory.knn)
+    torch.testing.assert_close(scores.double(), best, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, slots)
+    scores.sum().backward()
+    assert all(norm.weight.grad.abs().sum() > 0 for norm in (memory.query_norm, memory.key_norm))
+    # The lengths of queries and keys do not matter.
+    with torch.no_grad():
+        memory.keys.mul_(30)
+    torch.testing.assert_close(memory.get_indices(100 * query, memory.knn)[0], scores, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_variant)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tokens(variant, dtype):

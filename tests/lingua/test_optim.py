@@ -227,6 +227,28 @@ def test_a_memory_model_has_three_groups(peer, share):
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5, 0.01]
 
 
+@pytest.mark.parametrize("update", ["dense", "sparse"])
+def test_the_values_may_have_their_own_beta1_and_weight_decay(update):
+    """Without a first moment and decay, a row that is not read in a step stays as it is."""
+    args = OptimArgs(lr=0.01, scheduler="constant", value_update=update, value_beta1=0.0, value_weight_decay=0.0)
+    model = build_model(value_fixed_lr=0.5)
+    optimizer, _ = build_optimizer(model, args, 10)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95), (0.0, 0.95), (0.9, 0.95)]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    table = model.layers[1].feed_forward.values.weight
+    read_in_both = torch.ones(len(table), dtype=torch.bool)
+    for token in (1, 2):
+        before = table.detach().clone()
+        tokens = torch.full((1, 4), token)
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        read_in_both &= (table != before).any(1)
+    assert 0 < read_in_both.sum() < len(table)
+    unread = (table.detach() == before).all(1)
+    assert unread.any()
+
+
 def test_without_a_fixed_rate_the_values_have_the_models():
     optimizer, _ = build_optimizer(build_model(value_fixed_lr=None), OptimArgs(lr=0.01, scheduler="constant"), 10)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01] * 3
