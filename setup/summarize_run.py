@@ -1,6 +1,6 @@
-"""The quickstart's last word: a table of a run, from the files that it left.
+"""The table at the quickstart's end: of a run, or of two side by side, from the files that they left.
 
-python setup/summarize_run.py <dump_dir> <evals folder of the checkpoint>
+python setup/summarize_run.py DUMP_DIR EVALS [DUMP_DIR EVALS], where EVALS is the evals folder of the checkpoint
 """
 
 from __future__ import annotations
@@ -29,30 +29,55 @@ def describe_slots(slots: dict[str, int] | None) -> str:
     return f"{read:,} of {total:,} ({read / total:.0%})"
 
 
-def main() -> None:
-    dump_dir, results = Path(sys.argv[1]), Path(sys.argv[2])
+def summarize(dump_dir: Path, results: Path) -> list[tuple[str, str]]:
+    """Rows of (what, value)."""
     lines = [json.loads(line) for line in (dump_dir / "metrics.jsonl").read_text().splitlines()]
     metrics = [line for line in lines if line["acc_step"] == 0]
-    validation = json.loads((results / "validation.json").read_text())
     dense, memory = read_parameters((dump_dir / "train.log").read_text())
     first, last = metrics[0], metrics[-1]
-    source = next(name for name in validation if name != "memory_slots")
-    # The median: a lap in which the machine was busy with something else says little.
+    validation = json.loads((results / "validation.json").read_text())
+    # The median: a stretch in which the machine was busy with something else says little.
     speed = statistics.median(line["speed/wps"] for line in metrics)
-    rows = [
+    return [
         ("parameters, dense", dense),
         ("parameters, memory", memory),
         (f"loss at step {first['global_step']}", f"{first['loss/out']:.3f}"),
         (f"loss at step {last['global_step']}", f"{last['loss/out']:.3f}"),
-        ("validation bits per byte", f"{validation[source]['bits_per_byte']:.3f}"),
+        ("validation bits per byte", f"{bits_per_byte(results):.3f}"),
         ("training tokens per second", f"{speed:,.0f}"),
         ("memory slots used in validation", describe_slots(validation.get("memory_slots"))),
         ("checkpoints, metrics, log", f"{dump_dir}"),
         ("validation, continuation", f"{results}"),
         ("picture", f"{dump_dir / 'plots' / 'run.png'}"),
     ]
+
+
+def bits_per_byte(results: Path) -> float:
+    """Of the only source that was validated on."""
+    validation = json.loads((results / "validation.json").read_text())
+    return next(
+        found["bits_per_byte"] for found in validation.values() if isinstance(found, dict) and "bits_per_byte" in found
+    )
+
+
+def main() -> None:
+    if len(sys.argv) not in (3, 5):
+        sys.exit(__doc__.strip())
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    rows = summarize(*paths[:2])
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+    if len(paths) == 2:
+        print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+        return
+    others = summarize(*paths[2:])[:-3]
+    column = max(len(value) for _, value in rows)
+    for (name, value), (_, other) in zip(rows, others, strict=False):
+        print(f"  {name:<{width}}  {value:<{column}}  {other}")
+    gain = 1 - bits_per_byte(paths[1]) / bits_per_byte(paths[3])
+    print(
+        f"  {'memory (left) against dense':<{width}}  {abs(gain):.1%} {'fewer' if gain > 0 else 'more'} bits per byte"
+    )
+    print(f"  {'both in one picture':<{width}}  {paths[0] / 'plots' / 'compare.png'}")
 
 
 if __name__ == "__main__":
