@@ -319,6 +319,11 @@ class _Layout:
             return kept
         n_linears = 1 + has_swilu + is_gated
         kept = self.norm() + self.inputs(n_linears, n) + query + n * R * (8 + FP32) + slots + weights
+        if memory.query_norm is not None:
+            halves, keys = 2 * n * memory.heads, memory.keys.numel()
+            kept += halves * (memory.k_dim // 2) * FP32 + (halves + len(memory.keys)) * FP32
+            kept += keys * FP32 if b == FP32 else 0  # the search keeps a copy in 16 bits without the norm, too
+            kept += 0 if self.fused_norms else halves * (memory.k_dim // 2) * FP32 + keys * FP32
         if m == 1 and (table < FP32 or is_peer):
             kept += n * R * table  # the weights in the table's type, or times the hidden units
         if is_peer:
