@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 FLOPS_TOLERANCE = 0.01
 # Biographies, of other people, that the tokenizer is trained on; and of these people, that are counted in tokens.
 TOKENIZER_BIOGRAPHIES, COUNTED_BIOGRAPHIES = 20_000, 2_000
+# Others may be longer than those that are counted.
+SPACE_FOR_LONGER = 1.2
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -125,7 +127,8 @@ def validate_ladder_args(args: LadderArgs) -> None:
     names = [model.name for model in args.models]
     if len(set(names)) < len(names):
         raise ValueError("models: two have the same name")
-    People(1, args.people_seed)
+    if args.people_seed < 0:
+        raise ValueError(f"people_seed: {args.people_seed} is negative, it must be 0 or more")
     check_writable("dump_dir", Path(args.dump_dir), 0)
 
 
@@ -154,8 +157,7 @@ def prepare(args: LadderArgs) -> list[Run]:
         write_exposures(people, args.exposures, folder / "data" / "bios", os.cpu_count() or 1)
         tokenizer = build_tokenizer("sp", str(tokenizer_file))
         sample = list(itertools.islice(people.exposures(0), COUNTED_BIOGRAPHIES))
-        n_tokens = sum(len(tokenizer.encode(text.text, True, True)) for text in sample) / len(sample)
-        runs = plan_runs(args, n_tokens)
+        runs = plan_runs(args, [len(tokenizer.encode(biography.text, True, True)) for biography in sample])
         for run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_whole(run.folder / "ladder.yaml", yaml.safe_dump(run.config, sort_keys=False))
@@ -174,14 +176,22 @@ def train_tokenizer(file: Path, vocab_size: int) -> None:
             model_writer=out,
             model_type="bpe",
             vocab_size=vocab_size,
+            character_coverage=1.0,
             minloglevel=2,
         )
     unfinished.rename(file)
 
 
-def plan_runs(args: LadderArgs, tokens_per_biography: float) -> list[Run]:
-    """All runs with their training configs, the first seed of each model before the second ones."""
+def plan_runs(args: LadderArgs, lengths: list[int]) -> list[Run]:
+    """All runs with their training configs, the first seed of each model before the second ones.
+
+    Args:
+        lengths: of some biographies, in tokens. They say how many steps the exposures take.
+
+    Raises ValueError for a config that cannot work, or cannot have the FLOPs asked for.
+    """
     folder = Path(args.dump_dir)
+    n_tokens = args.people * args.exposures * sum(lengths) / len(lengths)
     configs: list[dict[str, Any]] = []
     base: int | None = None
     for model in args.models:
@@ -196,9 +206,12 @@ def plan_runs(args: LadderArgs, tokens_per_biography: float) -> list[Run]:
         config["dump_dir"] = str(folder / "runs" / model.name)
         parsed = from_dict(TrainArgs, config, f"models.{model.name}.train")
         tokens_per_step = parsed.data.batch_size * parsed.data.seq_len * parsed.grad_acc_steps
-        config["steps"] = parsed.steps = math.ceil(
-            args.people * args.exposures * tokens_per_biography / tokens_per_step
-        )
+        config["steps"] = parsed.steps = math.ceil(n_tokens / tokens_per_step)
+        if parsed.data.seq_len < SPACE_FOR_LONGER * max(lengths):
+            raise ValueError(
+                f"models.{model.name}.train.data.seq_len: {parsed.data.seq_len} is too short to measure biographies, "
+                f"which have up to {max(lengths)} tokens; make it {math.ceil(SPACE_FOR_LONGER * max(lengths))} or more"
+            )
         validate_train_args(parsed, World())
         if base is None:
             base = flops(parsed)
@@ -288,7 +301,8 @@ class Worker:
 
     def __init__(self, run: Run, lock: Any, gpu: str | None, args: LadderArgs):
         self.run, self.lock, self.gpu, self.args = run, lock, gpu, args
-        self.stage, self.process = "training", self._start("apps.main.train", f"config={run.folder / 'ladder.yaml'}")
+        self.stage = "training"
+        self.process = self._start("apps.main.train", f"config={run.folder / 'ladder.yaml'}")
 
     def _start(self, module: str, *argv: str) -> subprocess.Popen:
         environment = dict(os.environ)
@@ -334,7 +348,8 @@ class Worker:
     def describe(self) -> str:
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
             line = json.loads((self.run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-            return f"{self.run.name} {self.stage}, step {line['global_step']}/{self.run.steps}, loss {line['loss/out']:.3f}"
+            step, loss = line["global_step"], line["loss/out"]
+            return f"{self.run.name} {self.stage}, step {step}/{self.run.steps}, loss {loss:.3f}"
         return f"{self.run.name} {self.stage}"
 
 
