@@ -145,7 +145,7 @@ class Chunk(NamedTuple):
     unit: str
 
 
-def _refuse_or_keep(found: list[Encoded | str], faults: Faults) -> None:
+def _refuse_faults(found: list[Encoded | str], faults: Faults) -> None:
     """Raises ValueError for the first document at fault where those are not skipped."""
     if not faults.are_skipped:
         for problem in found:
@@ -174,13 +174,13 @@ def all_documents(files: list[Path], encode: Encode, faults: Faults) -> Iterator
         with together():
             at_hand = list(itertools.islice(documents, DOCUMENTS_AT_ONCE))
             mine = [encode(text, place) for text, place in at_hand[rank::n_ranks]]
-            _refuse_or_keep(mine, faults)
+            _refuse_faults(mine, faults)
         if not at_hand:
             return
         in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gather_objects(mine)))
         last = at_hand[-1][1]
-        kept = _leave_out(itertools.islice(in_turn, len(at_hand)), faults)
-        yield Chunk(kept, begins[last.path] + last.offset, sum(sizes), "bytes")
+        done = begins[last.path] + last.offset if len(at_hand) == DOCUMENTS_AT_ONCE else sum(sizes)
+        yield Chunk(_leave_out(itertools.islice(in_turn, len(at_hand)), faults), done, sum(sizes), "bytes")
 
 
 def spread_evenly(n: int) -> np.ndarray:
@@ -247,7 +247,7 @@ def sampled_documents(
         n_seen += len(numbers)
         with together():
             found = list(read_at(files, places[numbers[rank::n_ranks]], encode))
-            _refuse_or_keep(found, faults)
+            _refuse_faults(found, faults)
         mine.update(
             (number, document)
             for number, document in zip(numbers[rank::n_ranks].tolist(), found, strict=True)
