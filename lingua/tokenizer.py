@@ -84,10 +84,19 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
         """Return the text of `tokens`; special ids have none, and bytes that are not UTF-8 become U+FFFD.
 
-        Raises ValueError for an id outside 0..n_words-1.
+        `before` are the tokens that precede `tokens`, such as a prompt's. They matter where a model drops the space at
+        the start of a text (sentencepiece's dummy prefix): after other text that space is kept. Raises ValueError for
+        an id outside 0..n_words-1.
+        """
+
+    @abstractmethod
+    def count_first_bytes(self, text: str, tokens: Sequence[int]) -> int:
+        """Return how many bytes of the UTF-8 of `text` its first token stands for; 0 for BOS and EOS.
+
+        `tokens` is what `encode` returns for `text`.
         """
 
     @abstractmethod
@@ -128,9 +137,12 @@ class ByteLevelTokenizer(Tokenizer):
         self.bos_id = bos_id
         self.eos_id = eos_id
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
         # "replace" and not "backslashreplace": a mark that is no text, rather than ASCII that the model never wrote.
         return b"".join(self.token_bytes[token] for token in self._checked(tokens)).decode("utf-8", "replace")
+
+    def count_first_bytes(self, text: str, tokens: Sequence[int]) -> int:
+        return len(self.token_bytes[tokens[0]]) if tokens else 0
 
     def get_token_offsets(self, text: str, tokens: list[int] | None = None) -> tuple[list[str], list[int]]:
         ids = self.encode(text) if tokens is None else self._checked(tokens)
@@ -215,18 +227,29 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         return self._framed(self.model.encode(_utf8(text).decode(), out_type=int), add_bos, add_eos)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.model.decode(self._checked(tokens))
+    def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
+        ids, context = self._checked(tokens), ""
+        start = len(before)
+        # The fewest of the tokens before that have a text: what follows a text keeps its space.
+        while not context and start > 0:
+            start -= 1
+            context = self.model.decode(self._checked(before[start:]))
+        text = self.model.decode(self._checked(before[start:]) + ids)
+        # Not all of `context` is in `text` where `tokens` begin with the rest of its last character.
+        return text[len(os.path.commonprefix([context, text])) :]
+
+    def count_first_bytes(self, text: str, tokens: Sequence[int]) -> int:
+        if not tokens or tokens[0] in (self.bos_id, self.eos_id):
+            return 0
+        # Of a character in byte pieces, sentencepiece gives the last piece all bytes.
+        return max(self._pieces_of(text)[0].get(5, 0), int(self.model.is_byte(tokens[0])))
 
     def get_token_offsets(self, text: str, tokens: list[int] | None = None) -> tuple[list[str], list[int]]:
         """As in Tokenizer. Text that the normalisation drops, such as doubled spaces, may be in no token.
 
         The only encoding of `text` that `tokens` may be is the one that `encode` gives.
         """
-        # The one form of the result that gives positions in all of sentencepiece 0.2.x: SentencePieceText, whose
-        # pieces (2) each have an id (2) and their first and last place (4, 5) in the text, in bytes.
-        result = self.model.encode(_utf8(text).decode(), out_type="serialized_proto")
-        pieces = [dict(proto_fields(value)) for field, value in proto_fields(result) if field == 2]
+        pieces = self._pieces_of(text)
         begins = [piece.get(4, 0) for piece in pieces]
         ends = [piece.get(5, 0) for piece in pieces]
         if tokens is not None:
@@ -237,6 +260,13 @@ class SentencePieceTokenizer(Tokenizer):
             begins = [0] * bos + begins + [size] * eos
             ends = [0] * bos + ends + [size] * eos
         return _char_spans(text, begins, ends)
+
+    def _pieces_of(self, text: str) -> list[dict[int, int | bytes]]:
+        """The pieces of `text` as sentencepiece_model.proto's fields: id (2), first and last place (4, 5) in bytes."""
+        # The one form of the result that gives positions in all of sentencepiece 0.2.x: SentencePieceText, whose field
+        # 2 holds the pieces.
+        result = self.model.encode(_utf8(text).decode(), out_type="serialized_proto")
+        return [dict(proto_fields(value)) for field, value in proto_fields(result) if field == 2]
 
 
 TOKENIZERS = {

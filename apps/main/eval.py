@@ -9,6 +9,10 @@ Writes `results.json`, `validation.json`, `slot_reads.parquet` (what of them was
 dump_dir (for latest and all: dump_dir/evals/<step>), and appends to `metrics.eval.jsonl` and `metrics.validation.jsonl`
 in metric_log_dir. Training calls `evaluate_checkpoint` with the ranks that it has.
 
+All of these say with which settings they were made, in "settings". Results are replaced only by results of the same
+settings. Others are refused where dump_dir is the folder itself; for latest, all and training they go to
+dump_dir/evals/<step>.<digest>, 8 hexadecimal digits that the settings give.
+
 A SLURM job that is preempted (TERM) begins its evaluation anew; at its time limit it ends without results.
 """
 
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import random
@@ -38,6 +43,7 @@ from apps.main.generate import (
 )
 from apps.main.transformer import count_parameters
 from apps.main.validation import (
+    SETTINGS,
     EvaluationStopped,
     ValidationArgs,
     run_validation,
@@ -45,7 +51,7 @@ from apps.main.validation import (
     validation_files,
 )
 from lingua import slurm
-from lingua.args import check_writable, parse_args, read_yaml, to_dict, to_yaml, write_whole
+from lingua.args import check_writable, from_dict, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
 from lingua.distributed import StopSignal, find_world, from_first_rank, process_group, run_main, together
 from lingua.logger import init_logger
@@ -59,6 +65,9 @@ ROOM_FOR_RESULTS = 2**16
 
 RESULTS_FILE = "results.json"
 VALIDATION_FILE = "validation.json"
+SLOT_READS_FILE = "slot_reads.parquet"
+FILES = {"results": RESULTS_FILE, "validation": VALIDATION_FILE, "slot_reads": SLOT_READS_FILE}
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass
@@ -146,10 +155,101 @@ def _step_of(ckpt_dir: str) -> int | None:
     return next((int(folder.name) for folder in (path, path.parent) if re.fullmatch(r"\d{10}", folder.name)), None)
 
 
+# --- results and their settings --------------------------------------------------------------------------------------
+
+
+def settings_of(args: EvalArgs) -> dict[str, dict[str, Any]]:
+    """By kind of FILES that `args` ask for: what its numbers depend on, besides data and code. All of it is JSON."""
+    generator, validation = args.generator, args.validation
+    common = {
+        "checkpoint": str(Path(args.ckpt_dir).absolute()),
+        "global_step": args.global_step,
+        "dtype": generator.dtype,
+    }
+    settings: dict[str, dict[str, Any]] = {}
+    if validation is not None:
+        sources = {name: getattr(validation, name) for name in ("use_val_from_train_src", "root_dir", "sources")}
+        settings["validation"] = {**common, "max_steps": validation.max_steps, **sources}
+        if validation.slot_reads is not None:
+            settings["slot_reads"] = {**common, "slot_reads": validation.slot_reads, **sources}
+    if args.harness is not None:
+        # What a task may leave open of its generation.
+        generation = {name: getattr(generator, name) for name in ("max_gen_len", "max_prompt_len", "seed")}
+        settings["results"] = {**common, **generation, "harness": args.harness}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _recorded_settings(folder: Path, kind: str) -> dict[str, Any] | None:
+    """Those that the results of this kind in `folder` were made with: as they say, or, where they were written by older
+    code or there was nothing to write, as config.yaml beside them says. None where neither does.
+    """
+    file = folder / FILES[kind]
+    try:
+        if kind == "slot_reads":
+            import pyarrow.parquet as pq
+
+            recorded = json.loads(pq.read_schema(file).metadata[SETTINGS.encode()])
+        else:
+            recorded = json.loads(file.read_text(encoding="utf-8"))[SETTINGS]
+        return dict(recorded)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    try:
+        config = read_yaml(str(folder / CONFIG_FILE))
+        return settings_of(from_dict(EvalArgs, config, CONFIG_FILE)).get(kind)
+    except (OSError, ValueError):
+        return None
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A step tells which checkpoint it is, wherever that was moved to."""
+    flat = [{**settings, **settings.get("harness", {})} for settings in (then, now)]
+    keys = [key for key in dict.fromkeys([*flat[1], *flat[0]]) if key != "harness"]
+    if now["global_step"] is not None:
+        keys.remove("checkpoint")
+    return [
+        f"{key}: {json.dumps(flat[0].get(key))} there, {json.dumps(flat[1].get(key))} here"
+        for key in keys
+        if flat[0].get(key) != flat[1].get(key)
+    ]
+
+
+def find_conflict(args: EvalArgs) -> str | None:
+    """Which results in dump_dir, made with other settings, would be replaced by those of `args`; None if none would."""
+    folder = Path(args.dump_dir)
+    if not any((folder / file).is_file() for file in FILES.values()):
+        return None
+    for kind, now in settings_of(args).items():
+        file, then = folder / FILES[kind], _recorded_settings(folder, kind)
+        if file.is_file() and then is None:
+            return f"{file} does not say with which settings it was made"
+        if file.is_file() and _differences(then, now):
+            return f"{file} was made with other settings ({'; '.join(_differences(then, now))})"
+    return None
+
+
+def with_folder_for_settings(args: EvalArgs) -> EvalArgs:
+    """`args`; where their dump_dir holds results of other settings, with one beside it, named by a digest of theirs."""
+    conflict = find_conflict(args)
+    if conflict is None:
+        return args
+    settings = settings_of(args)
+    for each in settings.values():
+        del each["checkpoint"], each["global_step"]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    logger.info("%s; the new results are in %s.%s", conflict, args.dump_dir, digest)
+    return replace(args, dump_dir=f"{args.dump_dir}.{digest}")
+
+
 def is_done(args: EvalArgs) -> bool:
-    """Whether the results of these very arguments lie in dump_dir."""
-    config = Path(args.dump_dir, "config.yaml")
-    return config.is_file() and config.read_text(encoding="utf-8") == to_yaml(args) and bool(_read_found(args))
+    """Whether dump_dir holds the results that `args` ask for."""
+    folder = Path(args.dump_dir)
+    if not any((folder / file).is_file() for file in FILES.values()):
+        return False
+    recorded = {kind: _recorded_settings(folder, kind) for kind in settings_of(args)}
+    return all(
+        recorded[kind] is not None and not _differences(recorded[kind], now) for kind, now in settings_of(args).items()
+    )
 
 
 # --- evaluating ------------------------------------------------------------------------------------------------------
@@ -176,6 +276,7 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
     size = sum(count_parameters(model))
     logger.info("%s: %s parameters, in %s on %s", args.ckpt_dir, f"{size:,}", generator_args.dtype, where)
     found: dict[str, Any] = {}
+    settings = settings_of(args)
     with together():
         files = validation_files(args.validation, config["data"]) if args.validation is not None else {}
         if args.validation is not None and not files and args.harness is None:
@@ -189,13 +290,17 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
         from apps.main import harness
 
         found["results"] = harness.run_harness(args.harness, generator, should_stop)
+        if found["results"] is not None:
+            found["results"] = {SETTINGS: settings["results"], **found["results"]}
     if files:
         found["validation"] = run_validation(args.validation, files, generator, config, should_stop)
+        found["validation"][SETTINGS] = settings["validation"]
         if args.validation.slot_reads is not None:
             from apps.main import slot_reads
 
-            file, n_tokens = Path(args.dump_dir) / slot_reads.FILE, args.validation.slot_reads
-            slot_reads.write_slot_reads(file, generator, files, config["data"], n_tokens, should_stop)
+            file, n_tokens = Path(args.dump_dir) / SLOT_READS_FILE, args.validation.slot_reads
+            metadata = {SETTINGS: json.dumps(settings["slot_reads"])}
+            slot_reads.write_slot_reads(file, generator, files, config["data"], n_tokens, should_stop, metadata)
     with together():
         if find_world().rank == 0:
             _write(args, found)
@@ -229,6 +334,13 @@ def free_memory() -> None:
 def _write(args: EvalArgs, found: dict[str, Any]) -> None:
     folder = Path(args.dump_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    # Metrics before the files that say that the evaluation is done.
+    if args.metric_log_dir is not None:
+        Path(args.metric_log_dir).mkdir(parents=True, exist_ok=True)
+        for kind, values in metrics_of(found).items():
+            metrics = MetricsLogger(Path(args.metric_log_dir) / f"metrics.{kind}.jsonl")
+            metrics.log({"global_step": args.global_step, "acc_step": 0, **values})
+            metrics.close()
     if "results" in found:
         from apps.main import harness
 
@@ -236,13 +348,7 @@ def _write(args: EvalArgs, found: dict[str, Any]) -> None:
         print(harness.tables(found["results"]), flush=True)  # noqa: T201
     if "validation" in found:
         _write_whole(folder / VALIDATION_FILE, json.dumps(found["validation"], indent=2))
-    if args.metric_log_dir is not None:
-        Path(args.metric_log_dir).mkdir(parents=True, exist_ok=True)
-        for kind, values in metrics_of(found).items():
-            metrics = MetricsLogger(Path(args.metric_log_dir) / f"metrics.{kind}.jsonl")
-            metrics.log({"global_step": args.global_step, "acc_step": 0, **values})
-            metrics.close()
-    _write_whole(folder / "config.yaml", to_yaml(args))  # the last: with it the evaluation is done
+    _write_whole(folder / CONFIG_FILE, to_yaml(args))
     logger.info("evaluation: %s", folder)
 
 
@@ -251,7 +357,10 @@ def _write_whole(file: Path, text: str) -> None:
 
 
 def metrics_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"eval": task -> its metrics, "validation": source -> its numbers}, without texts of single documents."""
+    """{"eval": task -> its metrics, "validation": source -> its numbers}, without texts of single documents.
+
+    Beside tasks and sources each has "settings"; those of tasks with their numbers of examples in the prompt, "n_shot".
+    """
     kinds = {}
     if "results" in found:
         tasks = {**found["results"]["results"], **found["results"].get("groups", {})}
@@ -260,6 +369,8 @@ def metrics_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
             task: {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
             for task, metrics in tasks.items()
         }
+        if SETTINGS in found["results"]:
+            kinds["eval"][SETTINGS] = {**found["results"][SETTINGS], "n_shot": found["results"].get("n-shot", {})}
     if "validation" in found:
         kinds["validation"] = found["validation"]
     return kinds
@@ -271,6 +382,7 @@ def flat_metrics(found: dict[str, Any]) -> dict[str, float]:
         f"{kind}/{source}/{name.removesuffix(',none')}": value
         for kind, values in metrics_of(found).items()
         for source, numbers in values.items()
+        if source != SETTINGS
         for name, value in numbers.items()
         if isinstance(value, int | float)
     }
@@ -287,6 +399,11 @@ def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -
         # As the first rank sees the disk: others may see it later.
         found_here = find_checkpoints(args) if rank == 0 else []
         validate_eval_args(args)
+        if args.ckpt_dir in ("latest", "all"):
+            found_here = [with_folder_for_settings(each) for each in found_here]
+        for each in found_here:
+            if conflict := find_conflict(each):
+                raise ValueError(f"dump_dir: {conflict}; name another folder, or remove that file")
         for key in ("dump_dir", "metric_log_dir"):
             if rank == 0 and getattr(args, key) is not None:
                 check_writable(key, Path(getattr(args, key)), ROOM_FOR_RESULTS)
@@ -319,9 +436,7 @@ def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -
 
 
 def _read_found(args: EvalArgs) -> dict[str, Any]:
-    wanted = {"results": RESULTS_FILE} if args.harness is not None else {}
-    wanted |= {"validation": VALIDATION_FILE} if args.validation is not None else {}
-    paths = {kind: Path(args.dump_dir) / file for kind, file in wanted.items()}
+    paths = {kind: Path(args.dump_dir) / FILES[kind] for kind in settings_of(args) if kind != "slot_reads"}
     return {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in paths.items() if path.is_file()}
 
 

@@ -8,7 +8,9 @@
 Without prompts it reads them from the terminal, a line each. In Python:
 
     generator = PackedCausalTransformerGenerator(GeneratorArgs(max_gen_len=100), model, tokenizer)
-    texts, log_likelihoods, greedy = generator.generate(["def main", "import os"])
+    texts, prompt_log_likelihoods, prompt_greedy = generator.generate(["def main", "import os"])
+    for continuation in generator.continuations(["def main", "import os"]):
+        print(continuation.text, continuation.finish_reason, sum(continuation.log_likelihoods))
 
 Prompts are read packed, all of a batch in one row without padding, and continued together a token at a time out of a
 cache of keys and values (lingua.kv_cache).
@@ -24,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -91,7 +93,8 @@ class GenerateArgs(GeneratorArgs):
     """`ckpt`: a checkpoint folder, distributed or consolidated. Prompts: one, a list, or a file; else the terminal's.
 
     `prompt_file`: a prompt a line, or with the ending .jsonl an object with "prompt" (or "text") a line. `out`: a file
-    for an object a prompt: "prompt", "text", "finish_reason" (stop, eos or length), "n_prompt_tokens", "n_tokens".
+    for an object a prompt: "prompt", "text", "finish_reason" (stop, eos or length), "n_prompt_tokens", "n_tokens",
+    "log_likelihoods" of the generated tokens (as in `Continuation`).
     """
 
     ckpt: str = ""
@@ -226,12 +229,24 @@ def sample(logits: torch.Tensor, args: GeneratorArgs, random: torch.Generator) -
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 
-class Continuation:
-    """What follows one prompt, token by token, and where it ends."""
+def log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability, (N,) in fp32, of each of N tokens under logits (N, vocab)."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    def __init__(self, tokenizer: Tokenizer, args: GeneratorArgs):
-        self.tokenizer, self.args = tokenizer, args
+
+class Continuation:
+    """What follows one prompt, token by token, and where it ends.
+
+    `tokens` are all that were generated but EOS, also those that a stop string cut off from `text`. `log_likelihoods`,
+    where they were asked for: of each of `tokens` its log-probability under the model, given prompt and tokens before
+    it, whatever `temperature`, `top_k` and `top_p` made of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, args: GeneratorArgs, prompt: Sequence[int] = ()):
+        self.tokenizer, self.args, self.prompt = tokenizer, args, prompt
         self.tokens: list[int] = []
+        self.log_likelihoods: list[float] = []
         self.finish_reason: str | None = None  # "stop", "eos" or "length"
         self._cut: int | None = None
         # A stop string of n bytes that ends with the newest token is in so many of the last tokens.
@@ -240,18 +255,20 @@ class Continuation:
     @property
     def text(self) -> str:
         """Up to the stop string, where one was met."""
-        return self.tokenizer.decode(self.tokens)[: self._cut]
+        return self._decode(self.tokens)[: self._cut]
 
-    def add(self, token: int) -> bool:
+    def add(self, token: int, log_likelihood: float | None = None) -> bool:
         """Takes one more token; whether it was the last one."""
         if token == self.tokenizer.eos_id:
             self.finish_reason = "eos"
             return True
         self.tokens.append(token)
+        if log_likelihood is not None:
+            self.log_likelihoods.append(log_likelihood)
         if self.args.until:
-            recent = self.tokenizer.decode(self.tokens[-self._reach :])
+            recent = self._decode(self.tokens[-self._reach :])
             if any(stop in recent for stop in self.args.until):
-                text = self.tokenizer.decode(self.tokens)
+                text = self._decode(self.tokens)
                 begins = [text.index(stop) for stop in self.args.until if stop in text]
                 if begins:
                     self.finish_reason, self._cut = "stop", min(begins)
@@ -260,6 +277,9 @@ class Continuation:
             self.finish_reason = "length"
             return True
         return False
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, before=self.prompt)
 
     def settled_text(self) -> str:
         """As much of the text as no later token can change or take back."""
@@ -324,15 +344,16 @@ class PackedCausalTransformerGenerator:
     def generate(
         self, prompts: Sequence[str] | Sequence[list[int]]
     ) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
-        """Continues each prompt, a text or its token ids.
+        """Continues each prompt, a text or its token ids, and scores the prompts.
 
-        Returns, for each prompt: the text that follows it; of each of its tokens but the first the log-likelihood,
-        (n_tokens - 1,), fp32 on the CPU; and whether it is the likeliest one, (n_tokens - 1,) of bool.
+        Returns, for each prompt: the generated text; the log-likelihood of each token of the *prompt* but the first,
+        (n_prompt_tokens - 1,), fp32 on the CPU; and whether that token is the likeliest one, (n_prompt_tokens - 1,) of
+        bool. The log-likelihoods of the generated text are in what `continuations` returns.
         """
-        tokens = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        tokens = self._encode_all(prompts)
         texts: dict[int, str] = {}
         scores: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for batch, run in self.runs(tokens, with_scores=True):
+        for batch, run in self.runs(tokens, score="prompts"):
             texts.update(zip(batch, (continuation.text for continuation in run.continuations), strict=True))
             scores.update(zip(batch, run.scores, strict=True))
         order = range(len(tokens))
@@ -340,12 +361,25 @@ class PackedCausalTransformerGenerator:
         likelihoods, greedy = ([scores[i][kind].clone() for i in order] for kind in (0, 1))
         return [texts[i] for i in order], likelihoods, greedy
 
-    def runs(self, prompts: list[list[int]], with_scores: bool = False) -> Iterator[tuple[list[int], BatchRun]]:
+    def continuations(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Continuation]:
+        """Continues each prompt, a text or its token ids: its text, tokens, their log-likelihoods, why it ended."""
+        tokens = self._encode_all(prompts)
+        found: dict[int, Continuation] = {}
+        for batch, run in self.runs(tokens, score="texts"):
+            found.update(zip(batch, run.continuations, strict=True))
+        return [found[number] for number in range(len(tokens))]
+
+    def _encode_all(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
+        return [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+    def runs(
+        self, prompts: list[list[int]], score: Literal["prompts", "texts"] | None = None
+    ) -> Iterator[tuple[list[int], BatchRun]]:
         """Continues all prompts, batch by batch: (which ones, their finished run). Logs how far it is."""
         prompts = cut_prompts(prompts, self.args, self.model.max_seqlen)
         progress = Progress(len(prompts), "prompts continued", self.args.show_progress)
         for batch in batches_for_generation(prompts, self.args):
-            run = BatchRun(self, [prompts[number] for number in batch], self.args, self._next_seed(), with_scores)
+            run = BatchRun(self, [prompts[number] for number in batch], self.args, self._next_seed(), score)
             run.finish(progress)
             yield batch, run
             progress.add(len(batch))
@@ -361,7 +395,7 @@ class PackedCausalTransformerGenerator:
     def run_one(self, prompt: str) -> BatchRun:
         """The continuation of one prompt, to be looked at after each of its `steps()`."""
         prompts = cut_prompts([self.encode(prompt)], self.args, self.model.max_seqlen)
-        return BatchRun(self, prompts, self.args, self._next_seed())
+        return BatchRun(self, prompts, self.args, self._next_seed(), score="texts")
 
     @torch.inference_mode()
     def score_batch(self, sequences: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -382,9 +416,8 @@ class PackedCausalTransformerGenerator:
         """(log-likelihoods, whether the likeliest), each (N,) on the CPU, without all logits at once."""
         parts = []
         for h, target in zip(*(x.split(self._chunk()) for x in (h_NC, targets_N)), strict=True):
-            logits = self.model.output(h).float()
-            likelihood = logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
-            parts.append((likelihood, logits.argmax(-1) == target))
+            logits = self.model.output(h)
+            parts.append((log_likelihood(logits, target), logits.argmax(-1) == target))
         likelihoods, greedy = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         return likelihoods, greedy
 
@@ -448,7 +481,10 @@ def batches_for_generation(prompts: list[list[int]], args: GeneratorArgs) -> lis
 
 
 class BatchRun:
-    """Prompts being continued together: read at once, then a token each at every step of `steps()`."""
+    """Prompts being continued together: read at once, then a token each at every step of `steps()`.
+
+    `score`: "prompts" fills `scores`, "texts" the continuations' `log_likelihoods`.
+    """
 
     def __init__(
         self,
@@ -456,12 +492,12 @@ class BatchRun:
         prompts: list[list[int]],
         args: GeneratorArgs,
         seed: int,
-        with_scores: bool = False,
+        score: Literal["prompts", "texts"] | None = None,
     ):
-        self.generator, self.prompts, self.args, self.with_scores = generator, prompts, args, with_scores
+        self.generator, self.prompts, self.args, self.score = generator, prompts, args, score
         self.random = torch.Generator(generator.device).manual_seed(seed)
-        self.continuations = [Continuation(generator.tokenizer, args) for _ in prompts]
-        self.scores: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the prompts' tokens, where asked for
+        self.continuations = [Continuation(generator.tokenizer, args, prompt) for prompt in prompts]
+        self.scores: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.n_steps = 0
 
     def finish(self, progress: Progress | None = None) -> None:
@@ -493,8 +529,9 @@ class BatchRun:
         while True:
             # A vocabulary may be padded beyond the tokenizer's words.
             chosen = sample(logits[:, :n_words], args, self.random)
-            for number, token in zip(rows, chosen.tolist(), strict=True):
-                if number not in ended and self.continuations[number].add(token):
+            likelihoods = log_likelihood(logits, chosen).tolist() if self.score == "texts" else [None] * len(rows)
+            for number, token, likelihood in zip(rows, chosen.tolist(), likelihoods, strict=True):
+                if number not in ended and self.continuations[number].add(token, likelihood):
                     ended.add(number)
             self.n_steps += 1
             yield
@@ -515,7 +552,7 @@ class BatchRun:
         tokens = generator._row([token for prompt in self.prompts for token in prompt])
         with generator.computing():
             h = generator._read(tokens, packing.positions, cache.read(packing))[0]
-            if self.with_scores:
+            if self.score == "prompts":
                 # The last token of each prompt has none behind it: what it is scored with here is left out again.
                 likelihoods, greedy = generator.score(h, tokens[0].roll(-1))
                 parts = zip(likelihoods.split(packing.lengths), greedy.split(packing.lengths), strict=True)
@@ -650,6 +687,7 @@ def describe(prompt: str, run: BatchRun, place: int = 0) -> Answer:
         "finish_reason": continuation.finish_reason,
         "n_prompt_tokens": len(run.prompts[place]),
         "n_tokens": len(continuation.tokens),
+        "log_likelihoods": [round(likelihood, 6) for likelihood in continuation.log_likelihoods],
     }
 
 
@@ -692,7 +730,7 @@ def answer_all(
     """All prompts, in batches; prints each with its text when all are done."""
     answers: dict[int, Answer] = {}
     start = time.monotonic()
-    for batch, run in generator.runs([generator.encode(prompt) for prompt in prompts]):
+    for batch, run in generator.runs([generator.encode(prompt) for prompt in prompts], score="texts"):
         for place, number in enumerate(batch):
             answers[number] = describe(prompts[number], run, place)
             save(answers[number])

@@ -343,7 +343,33 @@ class LinguaLM(TemplateLM):
         return self.generator.tokenizer.encode(string, add_bos=add_bos, add_eos=False)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # its bar is of encoding, which takes no time
+        return self._loglikelihood_tokens([(request.args, *self._encode_pair(*request.args)) for request in requests])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of the context, and those of the continuation: what `context + continuation` has beyond the context's.
+
+        Spaces that end the context belong to the continuation, as in lm-eval. Where a continuation has no token beyond
+        the context's, as where one token spans both, the two are encoded apart. An empty one has none.
+
+        Raises ValueError where the tokenizer drops all of a continuation.
+        """
+        if continuation and not context:
+            return [self.prefix_token_id], self._encode_apart(continuation)
+        start = context.rstrip()
+        rest = context[len(start) :] + continuation
+        given = self.tok_encode(start)
+        scored = self.tok_encode(start + rest)[len(given) :]
+        if not scored and continuation:
+            scored = self._encode_apart(rest)
+        return given, scored
+
+    def _encode_apart(self, continuation: str) -> list[int]:
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if not tokens:
+            raise ValueError(
+                f"harness.tasks: the tokenizer has no token for the continuation {continuation!r}, so it has no score"
+            )
+        return tokens
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any

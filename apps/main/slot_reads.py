@@ -34,8 +34,6 @@ from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-FILE = "slot_reads.parquet"
-
 
 class Row(NamedTuple):
     """A piece of a document that is read at once; one token more in `tokens` than in `texts`."""
@@ -53,15 +51,16 @@ def write_slot_reads(
     train_data: dict[str, Any],
     n_tokens: int,
     should_stop: Callable[[], bool] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """Of the first `n_tokens` tokens of each source, into `file`, which is whole or not there.
+    """Of the first `n_tokens` tokens of each source, into `file`, which is whole or not there. `metadata`: of the file.
 
     All ranks call it together; the first one does it. Raises ValueError for documents that cannot be read, OSError
     where the file cannot be written, and EvaluationStopped on all ranks where `should_stop` says so on any.
     """
     with together():
         if rank_and_size()[0] == 0:
-            _write(file, generator, files, train_data, n_tokens, should_stop or (lambda: False))
+            _write(file, generator, files, train_data, n_tokens, should_stop or (lambda: False), metadata)
     check_stop(should_stop)
 
 
@@ -72,6 +71,7 @@ def _write(
     train_data: dict[str, Any],
     n_tokens: int,
     should_stop: Callable[[], bool],
+    metadata: dict[str, str] | None,
 ) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.tmp")
@@ -85,7 +85,8 @@ def _write(
                         return
                     table = _reads_of(batch, source, generator)
                     if writer is None:
-                        writer = stack.enter_context(pq.ParquetWriter(beside, table.schema, compression="zstd"))
+                        schema = table.schema.with_metadata(metadata)
+                        writer = stack.enter_context(pq.ParquetWriter(beside, schema, compression="zstd"))
                     writer.write_table(table)
         os.replace(beside, file)
         logger.info("which tokens read which slots: %s", file)

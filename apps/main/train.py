@@ -35,6 +35,7 @@ from apps.main.eval import (
     free_memory,
     is_done,
     validate_eval_args,
+    with_folder_for_settings,
 )
 from apps.main.fits import check_memory
 from apps.main.generate import explaining_memory
@@ -307,7 +308,8 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
 
 
 def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
-    """What section `eval` asks for, of the checkpoint of `step`, into the run's folders.
+    """What section `eval` asks for, of the checkpoint of `step`, into the run's folders: where evals/<step> holds
+    results of other settings, into one beside it.
 
     Where it does not say otherwise it computes as training does, and generates within training's length. Raises
     ValueError for what is no section of EvalArgs.
@@ -333,7 +335,7 @@ def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
     wanted.dump_dir = str(Path(args.dump_dir) / "evals" / f"{step:010d}")
     wanted.metric_log_dir = args.dump_dir
     wanted.global_step = step
-    return wanted
+    return with_folder_for_settings(wanted)
 
 
 def evaluate(run: Run, stop_signal: StopSignal) -> None:
@@ -388,10 +390,12 @@ def find_awaited(args: TrainArgs, steps: list[int]) -> set[int]:
     or running. Where SLURM does not answer, all those without results.
     """
     evals = Path(args.dump_dir) / "evals"
-    submitted = {evals / f"{step:010d}": step for step in steps if (evals / f"{step:010d}" / SCRIPT_FILE).exists()}
+    submitted = {file.parent: step for step in steps for file in evals.glob(f"{step:010d}*/{SCRIPT_FILE}")}
     try:
         if args.eval is not None:
-            submitted = {folder: n for folder, n in submitted.items() if not is_done(evaluation_args(args, n))}
+            wanted = [evaluation_args(args, step) for step in set(submitted.values())]
+            done = {Path(each.dump_dir) for each in wanted if is_done(each)}
+            submitted = {folder: step for folder, step in submitted.items() if folder not in done}
         if not submitted:
             return set()
         # An evaluation that has failed or was cancelled keeps nothing: SLURM lists it no longer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from apps.plots.read import Column, Run
+from apps.plots.read import MEMORY_SLOTS, Column, Result, Run, labels_of
 
 # Lines that can be told apart in one panel; and of one run among several, all in its colour.
 MOST_LINES = 8
@@ -95,10 +96,18 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
             if name in run.metrics
         }
 
+    def add_results(kind: str, metric: str, title: str, unit: str = "") -> None:
+        """One panel, or one for each of the settings that the numbers were made with, the same in all runs."""
+        results = [result for run in runs for result in getattr(run, kind)]
+        labels = labels_of(results)
+        shown = [labels[result.source, result.settings] for result in results if result.metric == metric]
+        for label in dict.fromkeys(shown):
+            add(_results(kind, metric, labels, label), title + label, unit, sparse=True)
+
     add(pick(all="loss/out"), TRAINING_LOSS, "nats a token", log=None, noisy=True)
     for metric in _metrics_in(run.validation for run in runs):
         title, unit = VALIDATION.get(metric, (metric.replace("_", " "), ""))
-        add(_results("validation", metric), f"validation: {title}", unit, sparse=True)
+        add_results("validation", metric, f"validation: {title}", unit)
     add(pick(weights="optim/lr", tables="optim/value_lr"), "learning rate", from_zero=True)
     norms = pick(weights="optim/grad_norm", tables="optim/value_grad_norm")
     add(norms, GRADIENT_NORM, log=True, noisy=True)
@@ -107,12 +116,15 @@ def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
     add(_waiting, "waiting for data", "% of a step", noisy=True, from_zero=True)
     held = pick(active="memory/max_active_gib", reserved="memory/max_reserved_gib", resident="memory/rss_gib")
     add(held, "memory", "GiB", from_zero=True)
-    add(_slots_read, "slots read in validation", "% of the table", sparse=True, from_zero=True)
+    slots = labels_of(result for run in runs for result in run.validation if result.source == MEMORY_SLOTS)
+    for (_, settings), label in slots.items():
+        read = functools.partial(_slots_read, settings=settings)
+        add(read, f"slots read in validation{label}", "% of the table", sparse=True, from_zero=True)
     for name in _memory_names(runs):
         title, unit = SLOT_USE.get(name, (f"memory layers: {name.replace('_', ' ')}", ""))
         add(lambda run, name=name: _of_layers(run, name), title, unit, noisy=True)
     for metric in _metrics_in(run.evals for run in runs):
-        add(_results("evals", metric), f"evaluation: {metric.replace('_', ' ')}", sparse=True)
+        add_results("evals", metric, f"evaluation: {metric.replace('_', ' ')}")
     for name in sorted({name for run in runs for name in run.metrics if not SHOWN.match(name)}):
         if any(name in run.metrics and np.ptp(run.metrics[name].values) != 0 for run in runs):
             add(pick(all=name), name)
@@ -134,16 +146,20 @@ def _sorted(columns: Columns) -> Columns:
     return {name: columns[name] for name in in_order(columns)}
 
 
-def _results(kind: str, metric: str) -> Callable[[Run], Columns]:
+def _results(kind: str, metric: str, labels: dict[tuple[str, str], str], label: str) -> Callable[[Run], Columns]:
     def results(run: Run) -> Columns:
-        return {source: column for (name, source), column in getattr(run, kind).items() if name == metric}
+        return {
+            source: column
+            for (name, source, settings), column in getattr(run, kind).items()
+            if name == metric and source != MEMORY_SLOTS and labels[source, settings] == label
+        }
 
     return lambda run: _sorted(results(run))
 
 
-def _metrics_in(kinds: Iterable[dict[tuple[str, str], Column]]) -> list[str]:
+def _metrics_in(kinds: Iterable[dict[Result, Column]]) -> list[str]:
     """Names of metrics in the order in which they come up."""
-    names = dict.fromkeys(metric for found in kinds for metric, source in found if source != "memory_slots")
+    names = dict.fromkeys(result.metric for found in kinds for result in found if result.source != MEMORY_SLOTS)
     return [name for name in names if not COUNTS.match(name)]
 
 
@@ -160,14 +176,15 @@ def _waiting(run: Run) -> Columns:
     return {"": Column(waited.steps, share)}
 
 
-def _slots_read(run: Run) -> Columns:
-    total = run.validation.get(("total", "memory_slots"))
+def _slots_read(run: Run, settings: str) -> Columns:
+    """Of validations with these settings."""
+    total = run.validation.get(Result("total", MEMORY_SLOTS, settings))
     if total is None:
         return {}
     size = dict(zip(total.steps, total.values, strict=True))
     found = {}
-    for (name, source), column in run.validation.items():
-        if source == "memory_slots" and name.startswith("read"):
+    for (name, source, its_settings), column in run.validation.items():
+        if (source, its_settings) == (MEMORY_SLOTS, settings) and name.startswith("read"):
             layer = name.removeprefix("read_by_layer_")
             series = f"layer {layer}" if layer != name else "all layers"
             found[series] = Column(column.steps, 100 * column.values / [size[step] for step in column.steps])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
+
+# In lines of evaluations, beside sources and tasks (apps/main/validation.py).
+MEMORY_SLOTS, SETTINGS = "memory_slots", "settings"
+# Settings that tell series apart, before any others.
+NAMED_FIRST = ("max_steps", "limit", "num_fewshot", "dtype", "n_documents")
 
 
 @dataclass
@@ -23,17 +28,25 @@ class Column:
     values: np.ndarray
 
 
+class Result(NamedTuple):
+    """Which number of evaluations: the source or task, and with what settings, as JSON, it was made."""
+
+    metric: str
+    source: str
+    settings: str
+
+
 @dataclass
 class Run:
-    """Of one dump_dir. `metrics`: name -> column; `validation`, `evals`: (metric, source or task) -> column; `probe`:
-    the first rank's records as they are.
+    """Of one dump_dir. `metrics`: name -> column; `validation` of held-out text, `evals` of tasks; `probe`: the first
+    rank's records as they are.
     """
 
     name: str
     folder: Path
     metrics: dict[str, Column] = field(default_factory=dict)
-    validation: dict[tuple[str, str], Column] = field(default_factory=dict)
-    evals: dict[tuple[str, str], Column] = field(default_factory=dict)
+    validation: dict[Result, Column] = field(default_factory=dict)
+    evals: dict[Result, Column] = field(default_factory=dict)
     probe: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -48,8 +61,8 @@ def read_run(folder: Path, name: str) -> Run:
     run = Run(name, folder)
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line.get("acc_step", 0) == 0]
     run.metrics = columns(going_on(lines))
-    run.validation = split_names(columns(merged(read_lines(folder / "metrics.validation.jsonl"))))
-    run.evals = split_names(columns(merged(read_lines(folder / "metrics.eval.jsonl"))))
+    run.validation = results_in(read_lines(folder / "metrics.validation.jsonl"), validation_settings)
+    run.evals = results_in(read_lines(folder / "metrics.eval.jsonl"), task_settings)
     run.probe = read_lines(folder / "probe" / "probe.0.jsonl")
     return run
 
@@ -92,14 +105,6 @@ def going_on(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def merged(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evaluations come in any order, and of a step now these tasks and now those; the later one of the same counts."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for record in records:
-        by_step.setdefault(record["global_step"], {}).update(record)
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def columns(records: list[dict[str, Any]]) -> dict[str, Column]:
     """All numbers by their names; of objects within a record as name/inner name."""
     found: dict[str, tuple[list[int], list[float]]] = {}
@@ -124,13 +129,91 @@ def _numbers(record: dict[str, Any], prefix: str) -> Iterable[tuple[str, float]]
             yield f"{prefix}{name}", float(value) if abs(value) < 1e300 else math.nan
 
 
-def split_names(found: dict[str, Column]) -> dict[tuple[str, str], Column]:
-    """source/metric -> (metric, source)."""
-    split = {}
-    for name, column in found.items():
-        source, _, metric = name.rpartition("/")
-        split[metric.removesuffix(",none"), source] = column
-    return split
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+Record = dict[str, Any]
+
+
+def results_in(records: list[Record], settings_of: Callable[[Record, str], Record]) -> dict[Result, Column]:
+    """The numbers of each source or task, those of different settings apart.
+
+    Evaluations come in any order, and of a step now these tasks and now those; the later one of the same counts.
+    """
+    by_step: dict[tuple[str, str], dict[int, Record]] = {}
+    for record in sorted(records, key=lambda record: record["global_step"]):
+        for source, numbers in record.items():
+            if isinstance(numbers, dict) and source != SETTINGS:
+                settings = {k: v for k, v in settings_of(record, source).items() if v is not None}
+                key = source, json.dumps(settings, sort_keys=True)
+                step = record["global_step"]
+                by_step.setdefault(key, {})[step] = {"global_step": step, **numbers}
+    return {
+        Result(name.removesuffix(",none"), source, settings): column
+        for (source, settings), steps in by_step.items()
+        for name, column in columns(list(steps.values())).items()
+    }
+
+
+def validation_settings(record: Record, source: str) -> Record:
+    """Of numbers of a source, or of all of them: how much text they cover, and what else they depend on."""
+    settings = _settings_in(record)
+    covered = [record[source]]
+    if source == MEMORY_SLOTS:
+        covered = [found for name, found in record.items() if isinstance(found, dict) and name != SETTINGS]
+    counts = {
+        name: sum(found[name] for found in covered if isinstance(found.get(name), int))
+        for name in ("n_documents", "n_bytes")
+        if any(name in found for found in covered)
+    }
+    return {name: settings[name] for name in ("max_steps", "dtype") if name in settings} | counts
+
+
+def task_settings(record: Record, task: str) -> Record:
+    settings = _settings_in(record)
+    harness = settings.pop("harness", {})
+    n_shot = settings.pop("n_shot", {})
+    own = [entry for entry in harness.get("tasks", []) if isinstance(entry, dict) and entry.get("task") == task]
+    found = {**settings, **{name: value for name, value in harness.items() if name != "tasks"}}
+    if task in n_shot:
+        found["num_fewshot"] = n_shot[task]
+    if own:
+        found["task"] = own[0]
+    if "sample_len" in record[task]:
+        found["sample_len"] = record[task]["sample_len"]
+    return found
+
+
+def _settings_in(record: Record) -> Record:
+    """None in lines of older code. The checkpoint is no matter: it is the step."""
+    settings = record.get(SETTINGS)
+    if not isinstance(settings, dict):
+        return {}
+    return {name: value for name, value in settings.items() if name not in ("checkpoint", "global_step")}
+
+
+def labels_of(results: Iterable[Result]) -> dict[tuple[str, str], str]:
+    """(source, settings) -> "", or, where the source is there with several settings, what differs: ", max_steps=2"."""
+    by_source: dict[str, dict[str, Record]] = {}
+    for result in results:
+        by_source.setdefault(result.source, {})[result.settings] = json.loads(result.settings)
+    labels = {}
+    for source, found in by_source.items():
+        texts = dict.fromkeys(found, "")
+        names = {name for values in found.values() for name in values}
+        for name in sorted(names, key=lambda name: (NAMED_FIRST.index(name) if name in NAMED_FIRST else 99, name)):
+            longer = {settings: f"{texts[settings]}, {name}={_shown(found[settings], name)}" for settings in found}
+            if len(set(longer.values())) > len(set(texts.values())):
+                texts = longer
+        labels |= {(source, settings): text for settings, text in texts.items()}
+    return labels
+
+
+def _shown(settings: Record, name: str) -> str:
+    """`?`: older code did not record it. All that do record the dtype."""
+    value = settings.get(name)
+    if value is None and "dtype" not in settings:
+        return "?"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def names_of(folders: list[Path]) -> list[str]:

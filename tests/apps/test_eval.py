@@ -109,9 +109,8 @@ def test_other_sources_and_max_steps(checkpoint, tmp_path):
     results = validate(checkpoint, tmp_path, root_dir=str(tmp_path / "more"), sources=["words"], max_steps=4)
     assert results[str(other)]["n_documents"] == 3  # with which 4 batches of 3 rows are reached
     assert results["words"]["n_documents"] == 4
-    alone = validate(
-        checkpoint, tmp_path, root_dir=str(tmp_path / "more"), sources=["words"], use_val_from_train_src=False
-    )
+    only = {"root_dir": str(tmp_path / "more"), "sources": ["words"], "use_val_from_train_src": False}
+    alone = validate(checkpoint, tmp_path / "alone", **only)
     assert alone["words"]["n_documents"] == 50
     assert alone["words"]["loss"] == pytest.approx(results[str(other)]["loss"], rel=1e-6)
 
@@ -285,7 +284,9 @@ def test_numbers_of_no_step_stay_when_a_run_goes_on(checkpoint, tmp_path):
     """Of a checkpoint in a folder that is named by no step, evaluated into a run's own metrics."""
     shutil.copytree(checkpoint, tmp_path / "somewhere")
     validate(tmp_path / "somewhere", tmp_path)
-    validate(checkpoint, tmp_path)
+    args = arguments(checkpoint, tmp_path)
+    args.dump_dir = str(tmp_path / "other evals")
+    launch_eval(args)
     file = tmp_path / "metrics.validation.jsonl"
     assert [line["global_step"] for line in read_lines(file)] == [None, 7]
     assert drop_metrics_after(file, 6) == 1
