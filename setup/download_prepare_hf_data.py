@@ -138,10 +138,11 @@ def main() -> None:
     data_dir = local_form(args.data_dir)
     data_dir = data_dir.rstrip("/") if is_remote(data_dir) else os.path.abspath(os.path.expanduser(data_dir))
     out = join(data_dir, f"{args.name}_shuffled")
-    here = Path(args.scratch or data_dir) if args.scratch or not is_remote(data_dir) else temporary_folder(out)
+    scratch = os.path.expanduser(args.scratch or "")
+    here = Path(scratch or data_dir) if scratch or not is_remote(data_dir) else temporary_folder(out)
     # Another DATA_DIR with the same scratch folder has work of its own there.
     own = f".{args.name}_shuffled.{digest_of(out)[:8]}.work"
-    work = here.absolute() / own if args.scratch or is_remote(out) else Path(out, ".work")
+    work = here.absolute() / own if scratch or is_remote(out) else Path(out, ".work")
     stage = str(work if is_remote(out) else Path(out, ".work"))
     if args.files:
         files = find_files(args.files, exclude=out)
