@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -44,6 +45,9 @@ LONGEST_TIMEOUT = 10**9
 
 # Set by torchrun to "True" where its agent keeps a store for the ranks.
 AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+
+# Settings of CUDA's allocator, all of which but the backend torch reads when it first looks for a device.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -288,6 +292,11 @@ def validate_environment(variables: dict[str, str]) -> None:
     for name in variables:
         if not name or "=" in name or "\0" in name + variables[name]:
             raise ValueError(f"env.{name}: no variable can have this name, or value {variables[name][:30]!r}")
+        backend = re.search(r"backend:\s*(\w+)", variables[name]) if name in ALLOCATOR_VARIABLES else None
+        if backend and backend[1] != "native" and backend[0] not in os.environ.get(name, ""):
+            raise ValueError(
+                f"env.{name}: {backend[0]} is read when torch is imported, before any config; export it in the shell"
+            )
 
 
 def rank_and_size() -> tuple[int, int]:

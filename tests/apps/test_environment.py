@@ -10,6 +10,7 @@ import torch
 
 from apps.main.train import TrainArgs, train
 from lingua.args import parse_args
+from lingua.distributed import validate_environment
 
 LOOKS = [
     "is_available",
@@ -44,11 +45,7 @@ class Looked(Exception):
 
 @pytest.mark.parametrize("look", ["is_available", "device_count"])
 def test_variables_are_set_before_the_first_look(tiny, tmp_path, monkeypatch, look):
-    variables = {
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "CUDA_VISIBLE_DEVICES": "1",
-        "NCCL_DEBUG": "WARN",
-    }
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": "1"}
     seen = {}
 
     def first_look(*_):
@@ -69,3 +66,14 @@ def test_a_variable_that_cannot_be_is_refused_before_it_is_set(tiny, tmp_path, m
     with mock.patch.dict(os.environ), pytest.raises(ValueError, match=r"^env\.HF_TOKEN: looks like a secret"):
         train(args)
     assert "HF_TOKEN" not in os.environ or os.environ["HF_TOKEN"] != "hunter2"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_an_allocator_that_is_chosen_too_late_is_refused(monkeypatch, name):
+    """torch 2.11 ends in an internal assertion (seen on an H100) where it is set after the import."""
+    monkeypatch.delenv(name, raising=False)
+    validate_environment({name: "expandable_segments:True,backend:native"})
+    with pytest.raises(ValueError, match=rf"^env.{name}: backend:cudaMallocAsync is read when torch is imported"):
+        validate_environment({name: "backend:cudaMallocAsync"})
+    monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    validate_environment({name: "backend:cudaMallocAsync,release_lock_on_cudamalloc:True"})
