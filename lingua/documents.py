@@ -191,12 +191,18 @@ def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
     system, inner = filesystem(pattern)
     try:
         matches = system.glob(inner, detail=True) if glob.has_magic(inner) else {inner: system.info(inner)}
+        if inner not in matches:  # of a glob, which finds hidden files too, unlike a local one
+            matches = {path: info for path, info in matches.items() if not os.path.basename(path).startswith(".")}
         listed = {path: info for path, info in matches.items() if info["type"] == "file"}
         kept = _with_known_suffix(list(listed))
         for folder in matches.keys() - listed.keys():
             inside = system.find(folder, detail=True)
             listed |= inside
-            kept += [path for path in inside if holds_documents(os.path.basename(path))]
+            kept += [
+                path
+                for path in inside
+                if holds_documents(os.path.basename(path)) and "/." not in path.removeprefix(folder)
+            ]
     except FileNotFoundError:
         return {}
     except OSError as error:

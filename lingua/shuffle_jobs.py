@@ -516,7 +516,7 @@ def _run_locked(
             if len(pending) < len(units):
                 say(f"going on: {len(units) - len(pending)} of {len(units)} parts of the input are read")
             work_on("scatter", pending, sizes)
-            check_unchanged(plan.files)
+            check_unchanged(plan.files, say)
             shuffle.save_cuts(plan)
         totals = shuffle.load_cuts(plan).totals
         check_space(plan, totals.bytes)

@@ -23,6 +23,7 @@ import numpy as np
 from lingua.args import check_writable
 from lingua.documents import InputFile, estimate_expansion, filesystem, is_remote, join
 from lingua.shuffle import FORMAT, Plan, Totals, uploading, write_whole, writing
+from lingua.sources import TRAIN_FILES, VALIDATION_FILES
 
 
 @contextlib.contextmanager
@@ -88,8 +89,11 @@ def _sizes(folder: str) -> dict[str, int]:
             raise ValueError(f"{folder}: cannot be listed: {error}") from None
     else:
         listed = {path.name: path.stat().st_size for path in Path(folder).glob("*") if path.is_file()}
-    patterns = ("*.chunk.*.jsonl", "*.val.jsonl")
-    return {name: size for name, size in sorted(listed.items()) if any(fnmatch(name, pattern) for pattern in patterns)}
+    return {
+        name: size
+        for name, size in sorted(listed.items())
+        if not name.startswith(".") and any(fnmatch(name, pattern) for pattern in (TRAIN_FILES, VALIDATION_FILES))
+    }
 
 
 def find_result(out: str, name: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -221,16 +225,18 @@ def remove_parts(plan: Plan) -> None:
             part.unlink(missing_ok=True)
 
 
-def check_unchanged(files: tuple[InputFile, ...]) -> None:
-    """Raises ValueError where a local file is another one than when it was listed."""
+def check_unchanged(files: tuple[InputFile, ...], say: Callable[[str], None]) -> None:
+    """Raises ValueError where a local file has another size than when it was listed; says so of another time only."""
     for file in files:
         if not is_remote(file.path):
             try:
                 status = os.stat(file.path)
             except OSError as error:
                 raise ValueError(f"{file.path}: {error.strerror}") from None
-            if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.stamp):
+            if status.st_size != file.size:
                 raise ValueError(f"{file.path}: changed while it was read; start again when it is whole")
+            if str(status.st_mtime_ns) != file.stamp:
+                say(f"{file.path}: its time has changed while it was read, but not its size; taken as the same")
 
 
 def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any]:

@@ -59,9 +59,10 @@ class Dataset:
 
     @property
     def ignored(self) -> list[str]:
-        """Patterns of what is in no dataset a document, unless it is asked for by name."""
+        """Patterns of what is in no dataset a document, unless it is asked for by name, and of hidden files."""
         named = {pattern.rpartition("/")[2] for pattern in self.patterns}
-        return [f"{folder}{name}" for name in METADATA if name not in named for folder in ("", "*/")]
+        names = [*(name for name in METADATA if name not in named), ".*"]
+        return [f"{folder}{name}" for name in names for folder in ("", "*/")]
 
 
 CATALOGUE = {

@@ -61,7 +61,9 @@ from lingua.data import (
     build_dataloader_from_args,
     check_state_fits,
     count_skipped,
+    describe_shared_sources,
     init_dataloader_state_from_args,
+    shared_sources,
     validate_data_args,
 )
 from lingua.distributed import (
@@ -74,6 +76,7 @@ from lingua.distributed import (
     find_ranks,
     find_world,
     from_first_rank,
+    gather_objects,
     process_group,
     reduce_sum,
     run_main,
@@ -804,6 +807,10 @@ def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tupl
 def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stack: contextlib.ExitStack) -> None:
     """All that is left of the run; `stack` closes loader and logs."""
     args = run.args
+    shared = [pair for pairs in gather_objects(shared_sources(run.loader_state)) for pair in pairs]
+    if run.world.rank == 0:
+        for line in describe_shared_sources(shared, run.loader_state["made_with"]["streams"]):
+            logger.warning("%s", line)
     with together():
         # Before anything there is cleaned up, which another run may be writing.
         if run.world.rank == 0 and os.access(Path(args.dump_dir) / "train.log", os.W_OK):

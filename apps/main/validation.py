@@ -17,7 +17,7 @@ import torch.distributed as dist
 from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
 from apps.main.transformer import LMTransformer
 from lingua.distributed import any_rank, gather_objects, rank_and_size, together
-from lingua.sources import VALIDATION_FILES, Faults, encode_document, find_files, read_documents
+from lingua.sources import VALIDATION_FILES, Faults, encode_document, find_files, matching_files, read_documents
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def validation_files(args: ValidationArgs, train_data: dict[str, Any]) -> dict[s
     folders = []
     if args.use_val_from_train_src and train_data["root_dir"] is not None:
         for source in train_data["sources"]:
-            if any(Path(train_data["root_dir"], source).glob(VALIDATION_FILES)):
+            if matching_files(Path(train_data["root_dir"], source), VALIDATION_FILES):
                 folders.append((train_data["root_dir"], source))
             else:
                 logger.warning("no %s in %s/%s; not validated on", VALIDATION_FILES, train_data["root_dir"], source)
