@@ -105,7 +105,7 @@ def find_result(out: str, name: str, wanted: dict[str, Any]) -> dict[str, Any] |
     if content is None:
         return None
     try:
-        manifest = json.loads(content)
+        manifest = {"columns": None, "skipped": 0, **json.loads(content)}
         files = {file: facts["bytes"] for file, facts in manifest["files"].items()}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{manifest_path(out, name)}: not a manifest; remove the folder to make it anew") from None
@@ -141,9 +141,9 @@ def check_no_strangers(plan: Plan) -> None:
         )
 
 
-def text_bytes(files: tuple[InputFile, ...]) -> float:
-    """About so many bytes of JSON lines the files hold."""
-    expansion = estimate_expansion(list(files))
+def text_bytes(files: tuple[InputFile, ...], columns: tuple[str, ...] | None = None) -> float:
+    """About so many bytes of JSON lines the files hold, of `columns` where they say so."""
+    expansion = estimate_expansion(list(files), columns)
     return sum(file.size * expansion[file.suffix] for file in files if file.size)
 
 
@@ -269,7 +269,7 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
                 os.replace(merged, Path(plan.out, name))
     found = _sizes(plan.out)
     out = Totals(sum(facts["documents"] for facts in files.values()), sum(found.values()))
-    if out != totals or found != {file: facts["bytes"] for file, facts in files.items()}:
+    if out[:2] != totals[:2] or found != {file: facts["bytes"] for file, facts in files.items()}:
         raise ValueError(
             f"{plan.out}: {totals.documents} documents and {totals.bytes} bytes went in, {out.documents} and "
             f"{out.bytes} came out; remove it and start again"
@@ -284,6 +284,8 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
         "n_validation": plan.n_validation,
         "source": source,
         "inputs": [[file.name, file.size] for file in plan.files],
+        "columns": plan.columns,
+        "skipped": totals.skipped,
         "documents": totals.documents,
         "bytes": totals.bytes,
         "files": files,
