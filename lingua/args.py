@@ -1,10 +1,15 @@
 """YAML and command line -> typed dataclasses, checked whole; every error names its key.
 
 The order: defaults of the dataclass < the file named by `config=` < `key=value` on the command line.
+
+`${oc.env:NAME}` in a value is a variable of the environment. For one that looks like a secret it is refused, since
+configs are saved (config.yaml, params.json, wandb): what needs HF_TOKEN or WANDB_API_KEY reads it by itself. `~` at the
+start of a path is the home folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,26 +19,43 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
 T, R, P = TypeVar("T"), TypeVar("R"), ParamSpec("P")
 
-_SECRET = re.compile(
-    r"secret|passw|passphrase|credential|api_?key|connection_?string|(key|token)s?(_|$)"
-    r"|(^|_)(auth|cookies?|private|dsn|webhook|jwt|pat|pass|pwd|sas)(_|$)",
+# What only secrets have in their names, words that only secrets are called, and words that flags are called, too.
+_SECRET_PART = re.compile(
+    r"secret|passw|passphrase|credential|connection_?string"
+    r"|(access|account|api|auth|master|private|signing|ssh|storage)_?key",
     re.IGNORECASE,
 )
+_SECRET_WORDS = {"dsn", "jwt", "pass", "pwd", "webhook"}
+_POSSIBLY_SECRET_WORDS = {"auth", "cookie", "cookies", "key", "keys", "pat", "private", "sas", "tokens"}
+_COUNTING_WORDS = {"count", "len", "length", "limit", "max", "min", "n", "num", "number", "per", "size", "total"}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_NUMBER = re.compile(r"[+-]?[0-9.]{1,20}(e[+-]?[0-9]+)?|true|false", re.IGNORECASE)
 
 
-def looks_secret(name: str) -> bool:
-    """Whether a variable of this name should stay out of logs and saved configs."""
-    return _SECRET.search(name) is not None
+def looks_secret(name: str, value: str | None = None) -> bool:
+    """Whether a variable of this name should stay out of logs and saved configs.
+
+    Words of the name count, not its ending: HF_TOKEN and accessKey are secrets, NCCL_IB_PKEY and X_MAX_TOKENS are not.
+    A `value` that is a number, true or false makes a name such as USE_AUTH or SORT_KEY none, but not a password's.
+    """
+    words = {word.lower() for word in _WORD.findall(name)}
+    if words & _SECRET_WORDS or _SECRET_PART.search(name):
+        return True
+    possible = words & _POSSIBLY_SECRET_WORDS or any(word.endswith("token") for word in words)
+    if not possible or words & _COUNTING_WORDS:
+        return False
+    return value is None or _NUMBER.fullmatch(value) is None
 
 
 def without_credentials(line: str) -> str:
@@ -44,7 +66,7 @@ def without_credentials(line: str) -> str:
 def refuse_secrets(section: Any, key: str) -> None:
     """Raises ValueError, one line that names the key, for text in nested mappings whose name looks like a secret's."""
     for name, value in section.items() if isinstance(section, Mapping) else ():
-        if isinstance(value, str) and looks_secret(str(name)):
+        if isinstance(value, str) and looks_secret(str(name), value):
             raise ValueError(
                 f"{key}.{name}: looks like a secret, and the config is saved in dump_dir; export it in the shell"
             )
@@ -53,14 +75,55 @@ def refuse_secrets(section: Any, key: str) -> None:
 
 def _environment_resolver(name: str, *default: str | None) -> str | None:
     """`${oc.env:NAME}`, but not for secrets: the value would be saved with the config."""
-    if looks_secret(name):
-        raise ValueError(f"${{oc.env:{name}}} looks like a secret, which does not belong in a config")
+    if looks_secret(name, os.environ.get(name)):
+        raise ValueError(
+            f"${{oc.env:{name}}} looks like a secret, and the config is saved in dump_dir; leave it in the environment"
+        )
     if name not in os.environ and not default:
         raise ValueError(f"the environment variable {name} is not set")
     return os.environ.get(name, *default)
 
 
-OmegaConf.register_resolver("oc.env", _environment_resolver, replace=True)
+@contextlib.contextmanager
+def refusing_secrets() -> Iterator[None]:
+    """`${oc.env:HF_TOKEN}` is a ValueError within: of what is resolved here, all is saved.
+
+    OmegaConf has one table of resolvers for the process: afterwards `oc.env` is what it was before.
+    """
+    resolvers = BaseContainer._resolvers
+    before = resolvers.get("oc.env")
+    OmegaConf.register_resolver("oc.env", _environment_resolver, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.clear_resolver("oc.env")
+        if before is not None:
+            resolvers["oc.env"] = before
+
+
+# Keys, in whatever section, whose values are files and folders: `~` at their start is the user's home folder, as in a
+# shell, which does not see it in key=~/value.
+PATH_KEYS = {
+    *("anaconda", "ckpt", "ckpt_dir", "dir", "dump_dir", "folder", "hf_dir", "include_path", "init_ckpt_path"),
+    *("metric_log_dir", "out", "out_dir", "path", "plot", "prompt_file", "root_dir", "trace_folder"),
+}
+
+
+def user_path(path: str) -> Path:
+    """The type of a path among a script's arguments."""
+    return Path(os.path.expanduser(path))
+
+
+def _expand_paths(section: Any) -> None:
+    """Expands the values of PATH_KEYS in a dataclass instance or mapping, at any depth, in place."""
+    values = vars(section) if dataclasses.is_dataclass(section) else section
+    for name, value in values.items():
+        if name in PATH_KEYS and isinstance(value, str):
+            values[name] = os.path.expanduser(value)
+        elif name in PATH_KEYS and isinstance(value, list):
+            values[name] = [os.path.expanduser(path) if isinstance(path, str) else path for path in value]
+        elif (dataclasses.is_dataclass(value) or isinstance(value, dict)) and name != "env":
+            _expand_paths(value)
 
 
 def _in_one_line(function: Callable[P, R]) -> Callable[P, R]:
@@ -77,6 +140,7 @@ def _in_one_line(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_in_one_line
+@refusing_secrets()
 def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
     """An instance of dataclass `cls` from `key=value` arguments (default: the command line).
 
@@ -99,6 +163,7 @@ def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
 
 
 @_in_one_line
+@refusing_secrets()
 def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
     """An instance of dataclass `cls` from nested dictionaries, such as `to_dict` gives.
 
@@ -131,6 +196,7 @@ def escape(value: Any) -> Any:
 @_in_one_line
 def read_yaml(file: str) -> DictConfig:
     """Raises ValueError where the file is missing or no YAML mapping, with the line."""
+    file = os.path.expanduser(file)
     try:
         if not Path(file).is_file():
             raise ValueError(f"config: no file '{file}' (from {os.getcwd()})")
@@ -199,6 +265,7 @@ def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig
 
 
 @_in_one_line
+@refusing_secrets()
 def check_config(cls: type, config: DictConfig, origin: str) -> None:
     """Raises ValueError, one line, for keys that `cls` does not have and values that do not fit. Interpolations are
     left as they are, since what they name may not be there yet.
@@ -211,9 +278,11 @@ def _to_object(config: DictConfig) -> Any:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ValueError(f"{missing[0]}: not set, and it has no default")
-        return OmegaConf.to_object(config)
+        args = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, None)) from None
+    _expand_paths(args)
+    return args
 
 
 def _explain(error: OmegaConfBaseException, origin: str | None) -> str:

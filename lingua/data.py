@@ -14,6 +14,9 @@ change. On so many ranks each reads the stream of its own number. A checkpoint c
 another number of ranks (`redistribute_state`): fewer of them read several streams each, more of them share one and take
 turns. No row is skipped or read twice by that.
 
+A stream whose share of a source has no document reads all of that source, as other streams may: `shared_sources` in its
+state.
+
 With `load_async` the whole chain runs in a program of its own (`serve_batches`), which imports neither torch nor the
 training code: it starts in a fraction of a second and cannot hold up the training loop.
 """
@@ -44,7 +47,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lingua.sources import ON_ERROR, TRAIN_FILES, SourceReader, encode_document, find_files, share_files
+from lingua.sources import (
+    ON_ERROR,
+    TRAIN_FILES,
+    SourceReader,
+    encode_document,
+    find_files,
+    has_document,
+    look_at,
+    no_documents,
+    share_all,
+    share_files,
+)
 from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -276,12 +290,19 @@ class RowStream:
         self.shuffler = shuffler
         self.seq_len = args.seq_len
         self.number, self.rows_given, self._rows_used = state["stream"], state["rows_given"], state["rows_used"]
+        self._shared_sources = state.get("shared_sources", [])
         if state["place"] is not None:
             shuffler.restore(state["place"])
 
     def state(self) -> State:
         place, n_skipped = self.shuffler.state(), self.shuffler.packer.mixture.n_skipped()
-        return _stream_state(self.number, self.rows_given, self._rows_used, place, n_skipped)
+        state = _stream_state(self.number, self._shared_sources)
+        return state | {
+            "rows_given": self.rows_given,
+            "rows_used": self._rows_used,
+            "place": place,
+            "n_skipped": n_skipped,
+        }
 
     def fill(self, batch: np.ndarray) -> None:
         """Writes the views of the next rows into `batch`, int64 of shape (n, seq_len, n_views)."""
@@ -352,16 +373,15 @@ _STREAM_KEYS = {"stream", "rows_given", "rows_used", "place"}
 _GEOMETRY = ("seed", "batch_size", "seq_len", "n_views", "prefetch_size", "add_bos", "add_eos")
 
 
-def _stream_state(
-    number: int, rows_given: int = 0, rows_used: int = 0, place: State | None = None, n_skipped: int = 0
-) -> State:
-    """A stream's number, its rows given since the start, and those used (0 to batch_size - 1) of the batch at `place`.
+def _stream_state(number: int, shared_sources: list[str]) -> State:
+    """That of a stream of which nothing was read.
 
-    `place` is the shuffler's, None as long as nothing was read. `n_skipped`: faults met in all that was read by now,
-    the rows that wait in the shuffler included.
+    rows_given: rows since the start; rows_used: of the batch at `place`, 0 to batch_size - 1; place: the shuffler's,
+    None as long as nothing was read; n_skipped: faults met in all that was read by now, the rows that wait in the
+    shuffler included; shared_sources: those that the stream reads all of, where there are any.
     """
-    state = {"stream": number, "rows_given": rows_given, "rows_used": rows_used, "place": place}
-    return state | {"n_skipped": n_skipped}
+    state = {"stream": number, "rows_given": 0, "rows_used": 0, "place": None, "n_skipped": 0}
+    return state | ({"shared_sources": shared_sources} if shared_sources else {})
 
 
 def count_skipped(state: State) -> int:
@@ -370,16 +390,29 @@ def count_skipped(state: State) -> int:
     return 0 if turn else sum(stream.get("n_skipped", 0) for stream in state["streams"])
 
 
-def _describe(args: DataArgs, n_streams: int) -> State:
-    found = {name: find_files(args.root_dir, name, TRAIN_FILES) for name in args.sources}
-    files = {name: [path.name for path in paths] for name, paths in found.items()}
-    sizes = {name: [path.stat().st_size for path in paths] for name, paths in found.items()}
+def shared_sources(state: State) -> list[tuple[str, int]]:
+    """(source, stream) for each source that a stream of this rank reads all of, since its share has no document."""
+    return [(name, stream["stream"]) for stream in state["streams"] for name in stream.get("shared_sources", [])]
+
+
+def describe_shared_sources(pairs: list[tuple[str, int]], n_streams: int) -> list[str]:
+    """A line for each source in the `shared_sources` of all ranks."""
+    ranks: dict[str, set[int]] = {}
+    for name, number in sorted(pairs):
+        ranks.setdefault(name, set()).add(number)
+    return [
+        f"data.sources.{name}: not every one of {n_streams} ranks has a document in its share, so all of the source is "
+        f"read by rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))} too"
+        for name, numbers in ranks.items()
+    ]
+
+
+def _describe_args(args: DataArgs) -> State:
     description = {f"data.{key}": getattr(args, key) for key in _GEOMETRY}
-    description |= {
+    return description | {
         "data.sources": [list(item) for item in args.sources.items()],
         "data.tokenizer.name": args.tokenizer.name,
     }
-    return description | {"files": files, "bytes": sizes, "streams": n_streams}
 
 
 def _check_rank(rank: int, world_size: int) -> None:
@@ -390,11 +423,26 @@ def _check_rank(rank: int, world_size: int) -> None:
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> State:
     """The state, plain JSON, of a loader that has read nothing, for one data-parallel rank.
 
-    Raises ValueError for bad arguments, naming the key (see `validate_data_args`).
+    Looks for a document in the rank's share of every source; where there is none, the rank reads all of that source
+    (`shared_sources`). Raises ValueError for bad arguments, naming the key (see `validate_data_args`), and for a source
+    without a document.
     """
     validate_data_args(args)
     _check_rank(rank, world_size)
-    return {"made_with": _describe(args, world_size), "streams": [_stream_state(rank)], "turn": [0, 1]}
+    files = {name: find_files(args.root_dir, name, TRAIN_FILES) for name in args.sources}
+    made_with = _describe_args(args) | {
+        "files": {name: [path.name for path in paths] for name, paths in files.items()},
+        "bytes": {name: [path.stat().st_size for path in paths] for name, paths in files.items()},
+        "streams": world_size,
+    }
+    shared = []
+    for name, paths in files.items():
+        if args.sources[name] == 0 or has_document(share_files(paths, rank, world_size), args.on_error):
+            continue
+        if not has_document(share_all(paths), args.on_error):
+            raise no_documents(name, paths)
+        shared.append(name)
+    return {"made_with": made_with, "streams": [_stream_state(rank, shared)], "turn": [0, 1]}
 
 
 def _has_keys(value: Any, keys: set[str]) -> bool:
@@ -426,36 +474,46 @@ def check_state_fits(args: DataArgs, state: State) -> None:
     """
     _check_is_state(state)
     made_with = state["made_with"]
-    for key, now in _describe(_args_at_start(args, state), made_with["streams"]).items():
-        then = made_with.get(key)
-        if key == "bytes":
-            _check_sizes(args, made_with["files"], then, now)
-        elif key == "files" and args.on_error == "skip" and all(set(now[name]) <= set(then[name]) for name in now):
-            continue  # the reader finds that they are gone
-        elif then != now:
-            if key == "files":
-                source = next(source for source in now if now[source] != then.get(source))
-                key = f"data.sources.{source}"
-                changed = sorted(set(now[source]) ^ set(then[source]))
-                now, then = f"{len(now[source])} files", f"{len(then[source])} files (among what differs: {changed[0]})"
-            raise ValueError(
-                f"{key}: {now} now, but {then} when the checkpoint was written, so its place in the data is lost; set "
-                "it back, or start a new run from the weights with checkpoint.init_ckpt_path"
-            )
-
-
-def _check_sizes(args: DataArgs, files: State, then: State | None, now: State) -> None:
-    """`then`: None in states of before sizes were kept. With on_error=skip the reader tells what it comes across."""
-    if then is None or args.on_error == "skip":
-        return
-    for source, names in files.items():
-        for name, size_then, size_now in zip(names, then[source], now[source], strict=True):
-            if size_then != size_now:
+    for key, now in _describe_args(_args_at_start(args, state)).items():
+        if made_with.get(key) != now:
+            raise _lost_place(key, now, made_with.get(key))
+    if args.on_error == "skip":
+        return  # the reader tells what it comes across
+    for source, names in made_with["files"].items():
+        folder = Path(args.root_dir, source)
+        looks = {name: look_at(folder / name) for name in names}
+        gone = [name for name, look in looks.items() if look is None]
+        if gone:
+            n_now = f"{len(names) - len(gone)} files"
+            raise _lost_place(f"data.sources.{source}", n_now, f"{len(names)} files (among what differs: {gone[0]})")
+        # States of before sizes were kept have none.
+        for name, size in zip(names, made_with["bytes"][source] if "bytes" in made_with else [], strict=False):
+            if looks[name].size != size:
                 raise ValueError(
-                    f"{Path(args.root_dir) / source / name}: {size_now:,} bytes now, but {size_then:,} when the run "
-                    "began, so its place in the data is lost; set it back, start a new run from the weights with "
+                    f"{folder / name}: {looks[name].size:,} bytes now, but {size:,} when the run began, so its place "
+                    "in the data is lost; set it back, start a new run from the weights with "
                     "checkpoint.init_ckpt_path, or go on inexactly with data.on_error=skip"
                 )
+
+
+def _lost_place(key: str, now: Any, then: Any) -> ValueError:
+    return ValueError(
+        f"{key}: {now} now, but {then} when the checkpoint was written, so its place in the data is lost; set it back, "
+        "or start a new run from the weights with checkpoint.init_ckpt_path"
+    )
+
+
+def _warn_of_new_files(args: DataArgs, state: State) -> None:
+    """They are left out: they would change who reads what. The rank that reads the first stream says it."""
+    if state["streams"][0]["stream"] > 0 or state["turn"][0] > 0:
+        return
+    for source, names in state["made_with"]["files"].items():
+        new = [path.name for path in find_files(args.root_dir, source, TRAIN_FILES) if path.name not in names]
+        if new:
+            logger.warning(
+                "data.sources.%s: left out of this run, which began without %s: %s%s",
+                *(source, "it" if len(new) == 1 else "them", ", ".join(new[:3]), ", ..." if len(new) > 3 else ""),
+            )
 
 
 def redistribute_state(states: list[State], rank: int, world_size: int) -> State:
@@ -527,10 +585,13 @@ def _build_streams(args: DataArgs, state: State, show: Callable[[Path], None]) -
     streams = []
     for stream in state["streams"]:
         number = stream["stream"]
-        readers = [
-            SourceReader(name, share_files(paths, number, n_streams), args.on_error, show)
+        shares = {
+            name: share_all(paths)
+            if name in stream.get("shared_sources", [])
+            else share_files(paths, number, n_streams)
             for name, paths in files.items()
-        ]
+        }
+        readers = [SourceReader(name, shares[name], args.on_error, show) for name in files]
         mixture = Mixture(readers, list(args.sources.values()), (args.seed, number, n_streams))
         shuffler = BatchShuffler(RowPacker(mixture, tokenizer, args), args, (args.seed + 1, number, n_streams))
         streams.append(RowStream(shuffler, args, stream))
@@ -541,6 +602,7 @@ def _iterate(
     args: DataArgs, state: State, show: Callable[[Path], None] = lambda path: None
 ) -> Iterator[tuple[np.ndarray, State]]:
     check_state_fits(args, state)
+    _warn_of_new_files(args, state)
     reader = BatchReader(_build_streams(_args_at_start(args, state), state, show), args, state["turn"])
     while True:
         batch = reader.next_batch()

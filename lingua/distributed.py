@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,10 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from lingua import slurm
 from lingua.args import first_line, looks_secret, refuse_secrets
+from lingua.sharding import local_part as local_part
 from lingua.watch import is_first_to_tell, name_lost_ranks
 
 T = TypeVar("T")
@@ -43,6 +45,9 @@ LONGEST_TIMEOUT = 10**9
 
 # Set by torchrun to "True" where its agent keeps a store for the ranks.
 AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+
+# Settings of CUDA's allocator, all of which but the backend torch reads when it first looks for a device.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -95,19 +100,25 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def find_world() -> World:
-    """Rank and size from torchrun's variables, or else from those of SLURM's `srun` (one process without either); the
-    device from what the machine has.
-
-    Raises ValueError where there are more local ranks than CUDA devices.
+def find_ranks() -> tuple[int, int, int]:
+    """(rank, local rank, number of ranks) from torchrun's variables, or else from those of SLURM's `srun`; (0, 0, 1)
+    without either. It does not look at devices, so it can be called before `set_environment`.
     """
     if "LOCAL_RANK" in os.environ:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             if not os.environ.get(name, "").isdecimal():
                 raise ValueError(f"{name}: no number in the environment, though LOCAL_RANK is set; start with torchrun")
-        world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    else:
-        world = World(*(slurm.find_ranks() or ()))
+        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        return rank, local_rank, size
+    return slurm.find_ranks() or (0, 0, 1)
+
+
+def find_world() -> World:
+    """This process's ranks, and the device that the machine has for it.
+
+    Raises ValueError where there are more local ranks than CUDA devices.
+    """
+    world = World(*find_ranks())
     if torch.cuda.is_available():
         n_devices, index = torch.cuda.device_count(), world.local_rank
         if n_devices == 1 and "LOCAL_RANK" not in os.environ and slurm.has_gpu_of_its_own():
@@ -262,14 +273,16 @@ def _store_of_this_start(world: World, timeout: int) -> dist.Store:
 
 
 def set_environment(variables: dict[str, str]) -> None:
-    """Sets the variables of config section `env`, telling of each that was something else before.
+    """Sets the variables of config section `env`, and logs each that had another value before.
 
-    They reach what starts after this: NCCL and the loader's process. torch has its number of threads by then.
+    They reach what starts after this. Call it before anything looks at a device (`find_world`), and CUDA, its allocator
+    and NCCL read them too. torch has its number of CPU threads since it was imported.
     """
     for name, value in variables.items():
         before = os.environ.get(name)
         if before not in (None, value):
-            logger.info("env: %s=%s from the config replaces %s", name, value, "***" if looks_secret(name) else before)
+            shown = "***" if looks_secret(name, before) else before
+            logger.info("env: %s=%s from the config replaces %s", name, value, shown)
         os.environ[name] = value
 
 
@@ -279,11 +292,11 @@ def validate_environment(variables: dict[str, str]) -> None:
     for name in variables:
         if not name or "=" in name or "\0" in name + variables[name]:
             raise ValueError(f"env.{name}: no variable can have this name, or value {variables[name][:30]!r}")
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, which may be split over ranks."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        backend = re.search(r"backend:\s*(\w+)", variables[name]) if name in ALLOCATOR_VARIABLES else None
+        if backend and backend[1] != "native" and backend[0] not in os.environ.get(name, ""):
+            raise ValueError(
+                f"env.{name}: {backend[0]} is read when torch is imported, before any config; export it in the shell"
+            )
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -457,7 +470,10 @@ def _forget_stop_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_forget_stop_signals)
+@functools.cache
+def _forget_stop_signals_in_children() -> None:
+    """Once a process, and not before it needs to: an import changes nothing for a program that only uses a layer."""
+    os.register_at_fork(after_in_child=_forget_stop_signals)
 
 
 class StopSignal:
@@ -470,6 +486,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         # Other threads cannot receive signals; training in one goes without.
         if threading.current_thread() is threading.main_thread():
+            _forget_stop_signals_in_children()
             for number in (signal.SIGUSR2, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._remember)
             # A job of lingua.stool starts with them blocked: one that came too early comes now.

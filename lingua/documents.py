@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -33,13 +34,32 @@ LINES = (".jsonl", ".json", ".ndjson")
 GZIP, ZSTD = tuple(f"{kind}.gz" for kind in LINES), tuple(f"{kind}.zst" for kind in LINES)
 SUFFIXES = PARQUET + LINES + GZIP + ZSTD
 CODECS = dict.fromkeys(GZIP, "gzip") | dict.fromkeys(ZSTD, "zstd")
+TEXT_COLUMNS = ("text", "content")
 # What the library `datasets` writes beside documents.
 METADATA = ("dataset_infos.json", "dataset_info.json")
 
 BLOCK_BYTES = 1 << 20  # read at a time; what fits the processor's cache is split and checked fastest
 BATCH_ROWS = 64  # of parquet read at a time, at most: all may be long
+SKIPPED_TOLD = 3  # of a part of the data, documents of which it is told why they were left out
 # A document in work: its bytes, in a buffer that grows by doubling, and as a string of up to 4 bytes a character.
 DOCUMENT_COPIES = 6
+
+
+class Skipped:
+    """Counts documents that are left out and keeps what was wrong with the first; or raises ValueError at the first."""
+
+    def __init__(self, on_error: str = "stop"):
+        self.on_error = on_error
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, describe: Callable[[], str]) -> None:
+        """`describe`: is called for the first few only, since counting lines takes reading the file."""
+        if self.on_error == "stop":
+            raise ValueError(f"{describe()} (--on_error skip leaves it out)")
+        self.count += 1
+        if self.count <= SKIPPED_TOLD:
+            self.first.append(describe())
 
 
 class InputFile(NamedTuple):
@@ -61,6 +81,17 @@ class InputFile(NamedTuple):
     @property
     def is_plain(self) -> bool:
         return self.suffix in LINES
+
+
+class Reading(NamedTuple):
+    """How documents are read: bytes of the longest one, what is kept of each (None: all), and where bad ones go."""
+
+    max_document: int
+    columns: tuple[str, ...] | None
+    skipped: Skipped
+
+    def keeps(self, name: str) -> bool:
+        return self.columns is None or name in self.columns
 
 
 class Part(NamedTuple):
@@ -191,12 +222,18 @@ def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
     system, inner = filesystem(pattern)
     try:
         matches = system.glob(inner, detail=True) if glob.has_magic(inner) else {inner: system.info(inner)}
+        if inner not in matches:  # of a glob, which finds hidden files too, unlike a local one
+            matches = {path: info for path, info in matches.items() if not os.path.basename(path).startswith(".")}
         listed = {path: info for path, info in matches.items() if info["type"] == "file"}
         kept = _with_known_suffix(list(listed))
         for folder in matches.keys() - listed.keys():
             inside = system.find(folder, detail=True)
             listed |= inside
-            kept += [path for path in inside if holds_documents(os.path.basename(path))]
+            kept += [
+                path
+                for path in inside
+                if holds_documents(os.path.basename(path)) and "/." not in path.removeprefix(folder)
+            ]
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -221,22 +258,25 @@ def _with_known_suffix(paths: list[str]) -> list[str]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_part(part: Part, max_document: int) -> Iterator[Piece]:
+def read_part(
+    part: Part, max_document: int, columns: tuple[str, ...] | None = None, skipped: Skipped | None = None
+) -> Iterator[Piece]:
     """The documents of a part, in order, each checked to be what the loader reads.
 
     `max_document`: bytes of the longest line that memory allows; none longer than the loader's MAX_LINE_BYTES is read
-    either. Raises ValueError that names the file and the line or row.
+    either. `columns`: those that are kept of each document. What is no document goes to `skipped`, or raises
+    ValueError that names the file and the line or row, as a damaged file and too little memory do in any case.
     """
-    max_document = min(max_document, MAX_LINE_BYTES)
+    reading = Reading(min(max_document, MAX_LINE_BYTES), columns, skipped or Skipped())
     try:
         if part.file.is_parquet:
-            yield from _read_parquet(part, max_document)
+            yield from _read_parquet(part, reading)
         elif part.file.is_plain:
             first, last = (part.file.size * number // part.count for number in (part.number, part.number + 1))
             with open_input(part.file.path) as source:
-                yield from read_lines(source, part.file, first, last, max_document)
+                yield from read_lines(source, part.file, first, last, reading.max_document, reading=reading)
         else:
-            yield from _read_compressed(part.file, max_document)
+            yield from _read_compressed(part.file, reading)
     except OSError as error:
         raise ValueError(f"{part.file.path}: cannot be read: {error.strerror or error}") from None
 
@@ -247,10 +287,10 @@ def _open_compressed(file: InputFile, source: IO[bytes]) -> IO[bytes]:
     return pa.CompressedInputStream(source, CODECS[file.suffix])
 
 
-def _read_compressed(file: InputFile, max_document: int) -> Iterator[Piece]:
+def _read_compressed(file: InputFile, reading: Reading) -> Iterator[Piece]:
     with open_input(file.path) as source, _open_compressed(file, source) as stream:
         try:
-            for piece in read_lines(stream, file, 0, None, max_document):
+            for piece in read_lines(stream, file, 0, None, reading.max_document, reading=reading):
                 yield piece._replace(done=min(source.tell() / file.size, 1.0))
         except OSError as error:
             codec = CODECS[file.suffix]
@@ -262,13 +302,20 @@ def _read_compressed(file: InputFile, max_document: int) -> Iterator[Piece]:
 
 
 def read_lines(
-    source: IO[bytes], file: InputFile, first: int, last: int | None, max_document: int, block: int = BLOCK_BYTES
+    source: IO[bytes],
+    file: InputFile,
+    first: int,
+    last: int | None,
+    max_document: int,
+    block: int = BLOCK_BYTES,
+    reading: Reading | None = None,
 ) -> Iterator[Piece]:
     """The documents whose lines begin in bytes `first` up to `last` (None: to the end) of the file.
 
     So each belongs to one range, wherever a file is cut. Lines of white space only are left out, carriage returns
     before line feeds too, and a last line without a line feed gets one.
     """
+    reading = reading or Reading(max_document, None, Skipped())
     buffer = bytearray(block)
     # `buffer[:filled]` is the file from `offset` on. A range begins in the middle of a line that is not its own, unless
     # the byte before it is a line feed.
@@ -278,8 +325,11 @@ def read_lines(
     ended = False
     while not ended and (last is None or offset < last):
         if filled == len(buffer):
-            if filled > max_document:
-                raise _too_long(file, offset, max_document)
+            if filled > reading.max_document:
+                _skip_long_line(file, offset, reading)
+                # The rest of it is passed over as a line that belongs to another range is.
+                offset, filled, in_foreign_line = offset + filled, 0, True
+                continue
             longer = bytearray(2 * len(buffer))
             longer[:filled] = buffer
             buffer = longer
@@ -299,7 +349,7 @@ def read_lines(
         else:
             begin = 0
         if cut:
-            yield from _lines_in(buffer, begin, cut, file, offset, first, last, max_document)
+            yield from _lines_in(buffer, begin, cut, file, offset, first, last, reading)
             rest = filled - cut
             tail = buffer[cut:filled]
             if len(buffer) > block and rest <= block:
@@ -316,7 +366,7 @@ def _lines_in(
     offset: int,
     first: int,
     last: int | None,
-    max_document: int,
+    reading: Reading,
 ) -> Iterator[Piece]:
     """The documents of the whole lines in `buffer[begin:end]`, which is the file from `offset` + `begin` on."""
     array = np.frombuffer(buffer, np.uint8)
@@ -327,8 +377,10 @@ def _lines_in(
         n_ours = np.searchsorted(starts, last - offset)
         starts, stops = starts[:n_ours], stops[:n_ours]
     places = (starts + offset).astype(np.uint64)
-    if end - begin > max_document and (too_long := np.flatnonzero(stops - starts > max_document)).size:
-        raise _too_long(file, int(places[too_long[0]]), max_document)
+    if end - begin > reading.max_document and (too_long := np.flatnonzero(stops - starts > reading.max_document)).size:
+        for number in too_long.tolist():
+            _skip_long_line(file, int(places[number]), reading)
+        starts, stops, places = (np.delete(values, too_long) for values in (starts, stops, places))
     if len(starts) and places[0] == 0 and buffer.startswith(b"\xef\xbb\xbf"):
         starts[0] = 3  # the mark of UTF-8 that some programs write
     returns = array[np.maximum(stops - 2, starts)] == ord("\r")
@@ -339,44 +391,68 @@ def _lines_in(
     if not not_empty.all():
         starts, stops, places = starts[not_empty], stops[not_empty], places[not_empty]
     data = memoryview(buffer)
-    blank = _check_lines(data, starts, stops, file, offset)
-    if blank:
-        starts, stops, places = (np.delete(values, blank) for values in (starts, stops, places))
+    left_out, lines = _check_lines(data, starts, stops, file, offset, reading)
+    if left_out:
+        starts, stops, places = (np.delete(values, left_out) for values in (starts, stops, places))
+    if reading.columns is not None:
+        data, starts, stops = _join(lines)
     done = 1.0 if last is None else (offset + end - first) / max(last - first, 1)
     if len(starts):
         yield Piece(data, starts, stops, places, min(done, 1.0))
 
 
-def _check_lines(data: memoryview, starts: np.ndarray, stops: np.ndarray, file: InputFile, offset: int) -> list[int]:
-    """Numbers of the lines that are white space only. Raises ValueError for one that is no document."""
-    loads, blank = orjson.loads, []
+def _check_lines(
+    data: memoryview, starts: np.ndarray, stops: np.ndarray, file: InputFile, offset: int, reading: Reading
+) -> tuple[list[int], list[bytes]]:
+    """Numbers of the lines that are left out, since they are white space only or no documents; and the others anew,
+    where only some of their columns are kept.
+    """
+    loads, columns, left_out, lines = orjson.loads, reading.columns, [], []
     for number, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
         try:
             document = loads(data[start:stop])
-            if type(document) is dict and type(document.get("text", document.get("content"))) is str:
-                continue
+            if type(document) is dict:
+                if columns is not None:
+                    document = {name: value for name, value in document.items() if name in columns}
+                text = document.get("text")
+                if type(document.get("content") if text is None else text) is str:
+                    if columns is not None:
+                        lines.append(_dump(document))
+                    continue
         except orjson.JSONDecodeError:
             pass
         line = bytes(data[start:stop])
-        if line.isspace():
-            blank.append(number)
-        else:
-            _check_slowly(line, file, offset + start)
-    return blank
+        kept = None if line.isspace() else _check_slowly(line, file, offset + start, reading)
+        if kept is None:
+            left_out.append(number)
+        elif columns is not None:
+            lines.append(kept)
+    return left_out, lines
 
 
-def _check_slowly(line: bytes, file: InputFile, place: int) -> None:
-    """As the loader does, which takes NaN, too, for example, or brackets nested deeper. Raises its ValueError."""
+def _check_slowly(line: bytes, file: InputFile, place: int, reading: Reading) -> bytes | None:
+    """As the loader does, which takes NaN, too, for example, or brackets nested deeper. None for no document."""
     try:
         line.decode()
+        if reading.columns is not None:
+            document = json.loads(line)
+            if isinstance(document, dict):
+                kept = {name: value for name, value in document.items() if reading.keeps(name)}
+                line = json.dumps(kept).encode() + b"\n"
         parse_document(line, Path("file"), 0)
+        return line
     except UnicodeDecodeError as error:
         wrong = f"byte {error.start + 1} of the line is no UTF-8 ({error.reason})"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         wrong = str(error).removeprefix("file:0: ")
-    else:
-        return
-    raise ValueError(f"{file.path}:{line_number(file, place)}: {wrong}")
+    reading.skipped.add(lambda: f"{file.path}:{line_number(file, place)}: {wrong}")
+    return None
+
+
+def _join(lines: list[bytes]) -> tuple[memoryview, np.ndarray, np.ndarray]:
+    """The data, starts and stops of a piece."""
+    stops = np.cumsum([len(line) for line in lines], dtype=np.int64)
+    return memoryview(b"".join(lines)), stops - np.diff(stops, prepend=0), stops
 
 
 def line_number(file: InputFile, place: int) -> int:
@@ -398,7 +474,7 @@ def line_at(source: IO[bytes], place: int) -> int:
     return number
 
 
-def _too_long(file: InputFile, place: int, max_document: int) -> ValueError:
+def _skip_long_line(file: InputFile, place: int, reading: Reading) -> None:
     """Reads the line to its end, to tell what it takes."""
     length, block = 0, bytearray(BLOCK_BYTES)
     with contextlib.ExitStack() as stack:
@@ -413,15 +489,21 @@ def _too_long(file: InputFile, place: int, max_document: int) -> ValueError:
             end = block.find(b"\n", min(max(place - position, 0), n), n)
             position += n
             length = (position - n + end if end >= 0 else position) - place + 1
-    return ValueError(f"{file.path}:{line_number(file, place)}: a line of {_more_than_allowed(length, max_document)}")
+    _skip_long(length, reading, lambda: f"{file.path}:{line_number(file, place)}: a line")
 
 
-def _more_than_allowed(length: int, max_document: int) -> str:
+def _skip_long(length: int, reading: Reading, where: Callable[[], str]) -> None:
+    """A document of so many bytes. Raises ValueError where another machine's memory would do: what is left out must not
+    depend on that.
+    """
     if length > MAX_LINE_BYTES:
-        return f"{length / 1e6:,.1f} MB, more than the {MAX_LINE_BYTES / 1e6:,.1f} MB that training reads; cut it up"
-    return (
-        f"{length / 1e6:,.1f} MB, more than a worker's share of memory allows ({max_document / 1e6:,.1f} MB); give "
-        f"{length / max_document + 0.1:.1f} times the memory, or use fewer workers"
+        limit = f"{length / 1e6:,.1f} MB, more than the {MAX_LINE_BYTES / 1e6:,.1f} MB that training reads"
+        reading.skipped.add(lambda: f"{where()} of {limit}; cut it up")
+        return
+    allowed = reading.max_document
+    raise ValueError(
+        f"{where()} of {length / 1e6:,.1f} MB, more than a worker's share of memory allows ({allowed / 1e6:,.1f} MB); "
+        f"give {length / allowed + 0.1:.1f} times the memory, or use fewer workers"
     )
 
 
@@ -441,31 +523,31 @@ def _open_parquet(file: InputFile, source: IO[bytes]) -> pq.ParquetFile:
         raise ValueError(f"{file.path}: not a parquet file, or cut off ({_short(error)}); get it again") from None
 
 
-def _read_parquet(part: Part, max_document: int) -> Iterator[Piece]:
+def _read_parquet(part: Part, reading: Reading) -> Iterator[Piece]:
     file = part.file
     with open_input(file.path) as source, _open_parquet(file, source) as table:
-        names = _column_order(file, table.schema_arrow)
+        names = _column_order(file, table.schema_arrow, reading)
         n_groups = table.num_row_groups
         first, last = (n_groups * number // part.count for number in (part.number, part.number + 1))
         rows = [table.metadata.row_group(group).num_rows for group in range(last)]
         row, n_rows = sum(rows[:first]), sum(rows[first:last])
         if not n_rows:
             return
-        size = sum(table.metadata.row_group(group).total_byte_size for group in range(first, last))
+        size = sum(_group_bytes(table.metadata.row_group(group), reading) for group in range(first, last))
         batch_rows = max(1, min(BATCH_ROWS, BLOCK_BYTES * n_rows // max(size, 1)))
         begin = row
         batches = table.iter_batches(batch_rows, row_groups=list(range(first, last)), columns=names, use_threads=False)
         for batch in _in_small_ones(_guarded(batches, file)):
-            lines = _rows_as_lines(batch.select(names), file, row)
-            for number, line in enumerate(lines):
-                if len(line) > max_document:
-                    told = _more_than_allowed(len(line), max_document)
-                    raise ValueError(f"{file.path}: row {row + number} (from 0): a document of {told}")
-            stops = np.cumsum([len(line) for line in lines])
-            starts = np.concatenate([[0], stops[:-1]])
-            places = np.arange(row, row + len(lines), dtype=np.uint64)
-            row += len(lines)
-            yield Piece(memoryview(b"".join(lines)), starts, stops, places, (row - begin) / n_rows)
+            places, lines = _rows_as_lines(batch.select(names), file, row, reading)
+            row += batch.num_rows
+            if lines:
+                yield Piece(*_join(lines), np.array(places, dtype=np.uint64), (row - begin) / n_rows)
+
+
+def _group_bytes(group: pq.RowGroupMetaData, reading: Reading) -> int:
+    """Bytes of the columns that are kept, uncompressed."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return sum(one.total_uncompressed_size for one in columns if reading.keeps(one.path_in_schema.partition(".")[0]))
 
 
 def _short(error: BaseException) -> str:
@@ -503,32 +585,69 @@ def _in_small_ones(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch
                 yield first
 
 
-def _column_order(file: InputFile, schema: pa.Schema) -> list[str]:
-    """All columns, the text first. Raises ValueError where there is none of strings."""
+def _column_order(file: InputFile, schema: pa.Schema, reading: Reading) -> list[str]:
+    """The columns that are kept, the text first. Raises ValueError where there is none of strings."""
     import pyarrow as pa
 
-    key = next((key for key in ("text", "content") if key in schema.names), None)
-    if key is None:
-        raise ValueError(f'{file.path}: neither "text" nor "content" among its columns {sorted(schema.names)}')
     if len(set(schema.names)) < len(schema.names):
         raise ValueError(f"{file.path}: two columns of one name among {sorted(schema.names)}")
+    missing = [name for name in reading.columns or () if name not in (*schema.names, *TEXT_COLUMNS)]
+    if missing:
+        raise ValueError(f"{file.path}: --columns: no '{missing[0]}' among its columns {sorted(schema.names)}")
+    key = next((key for key in TEXT_COLUMNS if key in schema.names and reading.keeps(key)), None)
+    if key is None:
+        raise ValueError(f'{file.path}: neither "text" nor "content" among its columns {sorted(schema.names)}')
     kind = schema.field(key).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise ValueError(f'{file.path}: column "{key}" is of type {kind}; wanted strings')
-    return [key, *(name for name in schema.names if name != key)]
+        raise ValueError(f'{file.path}: column "{key}" is of type {kind}; wanted strings (--columns takes others)')
+    return [key, *(name for name in schema.names if name != key and reading.keeps(name))]
 
 
-def _rows_as_lines(batch: pa.RecordBatch, file: InputFile, row: int) -> list[bytes]:
-    """`row`: the number of the batch's first one."""
+def _rows_as_lines(
+    batch: pa.RecordBatch, file: InputFile, row: int, reading: Reading
+) -> tuple[range | list[int], list[bytes]]:
+    """Rows that are documents, as their numbers and their lines. `row`: the number of the batch's first one."""
     names = batch.schema.names
     try:
         columns = [column.to_pylist() for column in batch.columns]
         if batch.column(0).null_count == 0:
-            return [_dump(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+            lines = [_dump(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+            if max(map(len, lines)) <= reading.max_document:
+                return range(row, row + len(lines)), lines
     except _errors_of_values():
         pass
-    raise _wrong_row(batch, file, row)
+    kept = {row + number: _row_as_line(batch, number, file, row + number, reading) for number in range(batch.num_rows)}
+    kept = {place: line for place, line in kept.items() if line is not None}
+    return list(kept), list(kept.values())
+
+
+def _row_as_line(batch: pa.RecordBatch, number: int, file: InputFile, row: int, reading: Reading) -> bytes | None:
+    """The row `number` of a batch, which is row `row` of its file; None where it is no document."""
+    where = f"{file.path}: row {row} (from 0)"
+    document = {}
+    for position, name in enumerate(batch.schema.names):
+        try:
+            document[name] = batch.column(position)[number].as_py()
+            _dump({name: document[name]})
+        except _errors_of_values() as error:
+            wrong = f"{where}, column '{name}': cannot be written as JSON ({_short(error.__cause__ or error)})"
+            remedy = (
+                "drop the row"
+                if position == 0
+                else "drop the column, or write it as text (--columns names those to keep)"
+            )
+            reading.skipped.add(lambda: f"{wrong}; {remedy}")  # noqa: B023 - it is called at once
+            return None
+    line = _dump(document)
+    if len(line) > reading.max_document:
+        _skip_long(len(line), reading, lambda: f"{where}: a document")
+        return None
+    key = batch.schema.names[0]
+    if document[key] is None and not isinstance(document.get("content"), str):
+        reading.skipped.add(lambda: f"{where}, column '{key}': null; wanted a string; drop the row")
+        return None
+    return line
 
 
 def _errors_of_values() -> tuple[type[Exception], ...]:
@@ -536,22 +655,6 @@ def _errors_of_values() -> tuple[type[Exception], ...]:
     import pyarrow as pa
 
     return ValueError, TypeError, OverflowError, LookupError, pa.ArrowException
-
-
-def _wrong_row(batch: pa.RecordBatch, file: InputFile, row: int) -> ValueError:
-    """Looks for the first value that cannot be written."""
-    for number in range(batch.num_rows):
-        for position, name in enumerate(batch.schema.names):
-            where = f"{file.path}: row {row + number} (from 0), column '{name}'"
-            try:
-                value = batch.column(position)[number].as_py()
-                _dump({name: value})
-            except _errors_of_values() as error:
-                remedy = "drop the row" if position == 0 else "drop the column, or write it as text"
-                return ValueError(f"{where}: cannot be written as JSON ({_short(error.__cause__ or error)}); {remedy}")
-            if position == 0 and value is None:
-                return ValueError(f"{where}: null; wanted a string; drop the row")
-    return ValueError(f"{file.path}: rows {row} to {row + batch.num_rows} cannot be written as JSON")
 
 
 def _dump(row: dict[str, Any]) -> bytes:
@@ -571,14 +674,17 @@ def _as_text(value: Any) -> str:
 USUAL_EXPANSION = dict.fromkeys(PARQUET, 1.7) | dict.fromkeys(LINES, 1.0) | dict.fromkeys(GZIP + ZSTD, 2.5)
 
 
-def estimate_expansion(files: list[InputFile], n_samples: int = 4) -> dict[str, float]:
+def estimate_expansion(
+    files: list[InputFile], columns: tuple[str, ...] | None = None, n_samples: int = 4
+) -> dict[str, float]:
     """Bytes of JSON lines for one byte of a file, by suffix, from the beginnings of some files of each."""
     by_suffix: dict[str, list[InputFile]] = {}
     for file in files:
         if file.size:
             by_suffix.setdefault(file.suffix, []).append(file)
+    reading = Reading(MAX_LINE_BYTES, columns, Skipped())
     measure: dict[str, Callable[[InputFile], float]] = {
-        **dict.fromkeys(PARQUET, _parquet_expansion),
+        **dict.fromkeys(PARQUET, lambda file: _parquet_expansion(file, reading)),
         **dict.fromkeys(LINES, lambda file: 1.0),
         **dict.fromkeys(GZIP + ZSTD, _compressed_expansion),
     }
@@ -588,10 +694,10 @@ def estimate_expansion(files: list[InputFile], n_samples: int = 4) -> dict[str, 
     }
 
 
-def _parquet_expansion(file: InputFile) -> float:
+def _parquet_expansion(file: InputFile, reading: Reading) -> float:
     with open_input(file.path) as source, _open_parquet(file, source) as table:
         groups = range(table.metadata.num_row_groups)
-        return sum(table.metadata.row_group(group).total_byte_size for group in groups) / file.size
+        return sum(_group_bytes(table.metadata.row_group(group), reading) for group in groups) / file.size
 
 
 def _compressed_expansion(file: InputFile) -> float:

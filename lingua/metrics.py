@@ -153,7 +153,9 @@ def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any],
 def _without_slurm_secrets() -> Iterator[None]:
     """wandb saves all of SLURM's variables with a run, and one of them can be a token."""
     hidden = {
-        name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_") and looks_secret(name)
+        name: os.environ.pop(name)
+        for name, value in list(os.environ.items())
+        if name.startswith("SLURM_") and looks_secret(name, value)
     }
     try:
         yield

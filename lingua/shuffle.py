@@ -35,10 +35,12 @@ import numpy as np
 
 from lingua.documents import (
     DOCUMENT_COPIES,
+    SKIPPED_TOLD,
     USUAL_EXPANSION,
     InputFile,
     Part,
     Piece,
+    Skipped,
     filesystem,
     is_remote,
     join,
@@ -70,6 +72,7 @@ class Plan:
 
     `n_validation`: documents for validation; None: one in a hundred, up to 10,000. `out`: folder or URL of the output;
     `work`: local folder for runs; `stage`: folder for finished chunks. `unit_bytes` cuts the work, not the output.
+    `on_error`: `skip` leaves out what is no document, and counts it. `columns`: what is kept of each; None: all.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Plan:
     nchunks: int = 32
     n_validation: int | None = None
     unit_bytes: int = UNIT_BYTES
+    on_error: str = "stop"
+    columns: tuple[str, ...] | None = None
 
     def chunk_name(self, chunk: int) -> str:
         return f"{self.name}.chunk.{chunk:0{max(2, len(str(self.nchunks - 1)))}d}.jsonl"
@@ -117,6 +122,10 @@ class Plan:
     def unit_file(self, unit: int) -> Path:
         return self.units_folder / f"{unit:06d}.runs"
 
+    def skipped_file(self, unit: int) -> Path:
+        """What was left out of a unit, if anything was: {"count": n, "first": [why, ...]}."""
+        return self.units_folder / f"{unit:06d}.skipped"
+
     def staged(self, chunk: int, suffix: str) -> Path:
         return self.chunks_folder / f"{chunk:06d}.{suffix}"
 
@@ -133,7 +142,10 @@ class Plan:
             return None
         if description.pop("format", None) != FORMAT:
             return None
-        return cls(**{**description, "files": tuple(InputFile(*file) for file in description["files"])})
+        description["files"] = tuple(InputFile(*file) for file in description["files"])
+        if description.get("columns") is not None:
+            description["columns"] = tuple(description["columns"])
+        return cls(**description)
 
 
 def cut_units(files: tuple[InputFile, ...], at_least: int) -> list[list[Part]]:
@@ -278,12 +290,13 @@ class Scatter:
         """Reads a unit and writes its runs; the number of documents."""
         runs: list[Run] = []
         parts = self.units[unit]
+        skipped = Skipped(self.plan.on_error)
         with writing(self.plan.unit_file(unit)) as stream:
             batch = _Batch(self._buffer)
             n_documents = 0
             for number, part in enumerate(parts):
                 file_number = self.file_numbers[part.file]
-                for piece in read_part(part, self.max_document):
+                for piece in read_part(part, self.max_document, self.plan.columns, skipped):
                     keys = keys_of(self.plan.seed, file_number, piece.places)
                     if not batch.has_room(piece, self._max_documents):
                         runs += batch.flush(stream, unit)
@@ -295,6 +308,9 @@ class Scatter:
                     n_documents += len(keys)
                     report((number + piece.done) / len(parts), n_documents)
             runs += batch.flush(stream, unit)
+            if skipped.count:
+                facts = {"count": skipped.count, "first": skipped.first}
+                write_whole(self.plan.skipped_file(unit), json.dumps(facts).encode())
             footer = json.dumps([run[1:] for run in runs]).encode()
             stream.write(footer + struct.pack("<Q8s", len(footer), MAGIC))
         return n_documents
@@ -473,10 +489,11 @@ class Cut(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What pass 1 found: documents, and their bytes with line feeds."""
+    """What pass 1 found: documents, their bytes with line feeds, and what was left out."""
 
     documents: int
     bytes: int
+    skipped: int = 0
 
 
 def choose_n_validation(wanted: int | None, n_documents: int, nchunks: int) -> int:
@@ -520,10 +537,24 @@ class Cuts(NamedTuple):
     totals: Totals
 
 
+def read_skipped(plan: Plan) -> Skipped:
+    """What was left out of all units, once they are done."""
+    skipped = Skipped("skip")
+    for unit in range(len(plan.units())):
+        with contextlib.suppress(FileNotFoundError):
+            facts = json.loads(plan.skipped_file(unit).read_bytes())
+            skipped.count += facts["count"]
+            skipped.first += facts["first"][: SKIPPED_TOLD - len(skipped.first)]
+    return skipped
+
+
 def save_cuts(plan: Plan) -> None:
     """After pass 1. Raises ValueError where there are too few documents."""
     runs = [run for unit in range(len(plan.units())) for run in read_runs(plan.unit_file(unit), unit)]
-    totals = Totals(sum(run.documents for run in runs), sum(run.bytes for run in runs))
+    skipped = read_skipped(plan)
+    totals = Totals(sum(run.documents for run in runs), sum(run.bytes for run in runs), skipped.count)
+    if not totals.documents and skipped.count:
+        raise ValueError(f"{plan.name}: nothing is left: all {skipped.count} documents are skipped: {skipped.first[0]}")
     cuts = Cuts(runs, cut_chunks(plan, runs, totals), totals)
     write_whole(Path(plan.work, "cuts.json"), json.dumps(cuts._asdict()).encode())
 

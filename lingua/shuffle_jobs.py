@@ -455,6 +455,11 @@ def _reason(error: BaseException) -> str:
 # --- all of it ---------------------------------------------------------------------------------------------------
 
 
+def of_documents(on_error: str, columns: tuple[str, ...] | None) -> dict[str, Any]:
+    """What a manifest has to tell of the documents of a finished shuffle, to be what these options ask for."""
+    return {"columns": None if columns is None else list(columns)} | ({"skipped": 0} if on_error == "stop" else {})
+
+
 @contextlib.contextmanager
 def _pass(title: str, weights: list[float], pending: list[int]) -> Iterator[OnProgress]:
     progress = Progress(title, weights, pending)
@@ -477,14 +482,15 @@ def run(
     if sum(file.size for file in plan.files) == 0:
         raise ValueError(f"{plan.name}: all {len(plan.files)} files are empty")
     wanted = {"seed": plan.seed, "nchunks": plan.nchunks, "n_validation": plan.n_validation}
-    manifest = find_result(plan.out, plan.name, {**wanted, "inputs": [[f.name, f.size] for f in plan.files]})
+    wanted |= {"inputs": [[f.name, f.size] for f in plan.files]} | of_documents(plan.on_error, plan.columns)
+    manifest = find_result(plan.out, plan.name, wanted)
     if manifest is not None:
         clear_leftovers(plan.work, plan.stage)
         say(f"{plan.out}: nothing to do, it is there: {manifest['documents']:,} documents in {plan.nchunks} chunks")
         return manifest
     if any(path.startswith("memory://") for path in (plan.out, *(file.path for file in plan.files))):
         resources = replace(resources, workers=1)  # nothing else can see these
-    check_space(plan, text_bytes(plan.files))
+    check_space(plan, text_bytes(plan.files, plan.columns))
     with lock(Path(plan.stage)):
         return _run_locked(plan, resources, source, cluster, say)
 
@@ -516,8 +522,13 @@ def _run_locked(
             if len(pending) < len(units):
                 say(f"going on: {len(units) - len(pending)} of {len(units)} parts of the input are read")
             work_on("scatter", pending, sizes)
-            check_unchanged(plan.files)
+            check_unchanged(plan.files, say)
             shuffle.save_cuts(plan)
+            skipped = shuffle.read_skipped(plan)
+            for line in skipped.first:
+                say(f"skipped: {line}")
+            if skipped.count:
+                say(f"skipped, in all: {skipped.count:,} documents")
         totals = shuffle.load_cuts(plan).totals
         check_space(plan, totals.bytes)
         pending = shuffle.pending_tasks("gather", plan)

@@ -23,6 +23,7 @@ import numpy as np
 from lingua.args import check_writable
 from lingua.documents import InputFile, estimate_expansion, filesystem, is_remote, join
 from lingua.shuffle import FORMAT, Plan, Totals, uploading, write_whole, writing
+from lingua.sources import TRAIN_FILES, VALIDATION_FILES
 
 
 @contextlib.contextmanager
@@ -88,8 +89,11 @@ def _sizes(folder: str) -> dict[str, int]:
             raise ValueError(f"{folder}: cannot be listed: {error}") from None
     else:
         listed = {path.name: path.stat().st_size for path in Path(folder).glob("*") if path.is_file()}
-    patterns = ("*.chunk.*.jsonl", "*.val.jsonl")
-    return {name: size for name, size in sorted(listed.items()) if any(fnmatch(name, pattern) for pattern in patterns)}
+    return {
+        name: size
+        for name, size in sorted(listed.items())
+        if not name.startswith(".") and any(fnmatch(name, pattern) for pattern in (TRAIN_FILES, VALIDATION_FILES))
+    }
 
 
 def find_result(out: str, name: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -101,7 +105,7 @@ def find_result(out: str, name: str, wanted: dict[str, Any]) -> dict[str, Any] |
     if content is None:
         return None
     try:
-        manifest = json.loads(content)
+        manifest = {"columns": None, "skipped": 0, **json.loads(content)}
         files = {file: facts["bytes"] for file, facts in manifest["files"].items()}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{manifest_path(out, name)}: not a manifest; remove the folder to make it anew") from None
@@ -137,9 +141,9 @@ def check_no_strangers(plan: Plan) -> None:
         )
 
 
-def text_bytes(files: tuple[InputFile, ...]) -> float:
-    """About so many bytes of JSON lines the files hold."""
-    expansion = estimate_expansion(list(files))
+def text_bytes(files: tuple[InputFile, ...], columns: tuple[str, ...] | None = None) -> float:
+    """About so many bytes of JSON lines the files hold, of `columns` where they say so."""
+    expansion = estimate_expansion(list(files), columns)
     return sum(file.size * expansion[file.suffix] for file in files if file.size)
 
 
@@ -221,16 +225,18 @@ def remove_parts(plan: Plan) -> None:
             part.unlink(missing_ok=True)
 
 
-def check_unchanged(files: tuple[InputFile, ...]) -> None:
-    """Raises ValueError where a local file is another one than when it was listed."""
+def check_unchanged(files: tuple[InputFile, ...], say: Callable[[str], None]) -> None:
+    """Raises ValueError where a local file has another size than when it was listed; says so of another time only."""
     for file in files:
         if not is_remote(file.path):
             try:
                 status = os.stat(file.path)
             except OSError as error:
                 raise ValueError(f"{file.path}: {error.strerror}") from None
-            if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.stamp):
+            if status.st_size != file.size:
                 raise ValueError(f"{file.path}: changed while it was read; start again when it is whole")
+            if str(status.st_mtime_ns) != file.stamp:
+                say(f"{file.path}: its time has changed while it was read, but not its size; taken as the same")
 
 
 def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any]:
@@ -263,7 +269,7 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
                 os.replace(merged, Path(plan.out, name))
     found = _sizes(plan.out)
     out = Totals(sum(facts["documents"] for facts in files.values()), sum(found.values()))
-    if out != totals or found != {file: facts["bytes"] for file, facts in files.items()}:
+    if out[:2] != totals[:2] or found != {file: facts["bytes"] for file, facts in files.items()}:
         raise ValueError(
             f"{plan.out}: {totals.documents} documents and {totals.bytes} bytes went in, {out.documents} and "
             f"{out.bytes} came out; remove it and start again"
@@ -278,6 +284,8 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
         "n_validation": plan.n_validation,
         "source": source,
         "inputs": [[file.name, file.size] for file in plan.files],
+        "columns": plan.columns,
+        "skipped": totals.skipped,
         "documents": totals.documents,
         "bytes": totals.bytes,
         "files": files,

@@ -1,12 +1,13 @@
 """Lines of files -> documents: who reads which line, and what becomes of data that is at fault.
 
-A fault (a line that is no document, a tokenizer that fails, a file that is gone, cut or changed) is told in one line
-with file, line and the byte at which it begins. It ends the run, or, with `data.on_error=skip`, it is left out: a
+A fault (a line that is no document, a tokenizer that fails, a file that is gone or has another size) is told in one
+line with file, line and the byte at which it begins. It ends the run, or, with `data.on_error=skip`, it is left out: a
 document by itself; of a file that cannot be read all that is left of it, in this pass. Each is counted when it is met.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -34,12 +35,17 @@ LOOK_EVERY = 10.0
 FAULTS_TOLD = 5
 
 
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """Sorted by name. Names that begin with a dot are no data: sync tools and file managers write them beside it."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+
+
 def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
     """The files of one source, sorted by name. Raises ValueError where the folder or the files are missing."""
     folder = Path(root_dir) / source
     if not folder.is_dir():
         raise ValueError(f"data.sources.{source}: no folder '{folder}' (data.sources.{source}=0 leaves it out)")
-    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    files = matching_files(folder, pattern)
     if not files:
         raise ValueError(f"data.sources.{source}: no files named {pattern} in '{folder}'")
     return files
@@ -49,7 +55,10 @@ def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
 
 
 def parse_document(line: bytes, path: Path, number: int) -> str:
-    """The text of one JSONL line (`number` counts from 1). Raises ValueError that names file and line."""
+    """The text of one JSONL line (`number` counts from 1): its "text", or its "content" where that is missing or null.
+
+    Raises ValueError that names file and line.
+    """
     where = f"{path}:{number}"
     try:
         document = json.loads(line)
@@ -57,11 +66,11 @@ def parse_document(line: bytes, path: Path, number: int) -> str:
         raise ValueError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(document, dict):
         raise ValueError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
-    for key in ("text", "content"):
-        if key in document:
-            if not isinstance(document[key], str):
-                raise ValueError(f'{where}: "{key}" is of type {type(document[key]).__name__}; wanted a string')
-            return document[key]
+    keys = [key for key in ("text", "content") if key in document]
+    for key in [key for key in keys if document[key] is not None] or keys:
+        if not isinstance(document[key], str):
+            raise ValueError(f'{where}: "{key}" is of type {type(document[key]).__name__}; wanted a string')
+        return document[key]
     raise ValueError(f'{where}: neither "text" nor "content" among its keys {str(sorted(document))[:200]}')
 
 
@@ -187,6 +196,45 @@ def share_files(files: list[Path], rank: int, world_size: int) -> list[Share]:
     return shares
 
 
+def share_all(files: list[Path]) -> list[Share]:
+    """All lines of the files, for a stream that has no document in its share."""
+    return [Share(path, 0, 1, 1) for path in files]
+
+
+def no_documents(source: str, files: list[Path]) -> ValueError:
+    names = ", ".join(map(str, files))
+    return ValueError(
+        f"data.sources.{source}: no documents for this rank in {names}; give it text, or leave it out with "
+        f"data.sources.{source}=0"
+    )
+
+
+def has_document(shares: list[Share], on_error: str) -> bool:
+    """Whether there is a document in the shares, or with on_error=stop a fault, which ends the run when it is read.
+
+    Reads up to the first, so it takes long only where there is none.
+    """
+    for path, first, last, modulus in shares:
+        try:
+            with open(path, "rb") as file:
+                for number in itertools.count():
+                    line, size = read_line(file)
+                    if not line:
+                        break
+                    if not first <= number % modulus < last or line.isspace():
+                        continue
+                    if on_error == "skip":
+                        try:
+                            read_document(line, size, Place(path, number + 1, 0))
+                        except ValueError:
+                            continue
+                    return True
+        except OSError:
+            if on_error == "stop":
+                return True
+    return False
+
+
 class Look(NamedTuple):
     """What tells whether a file is still the same. (Not its inode, which some network filesystems make up anew.)"""
 
@@ -207,9 +255,11 @@ class SourceReader:
     """Endless texts of one source for one stream. A pass goes through its shares in the order of the files.
 
     Each file is compared with what it was at the start: when it is opened, at its end, every LOOK_EVERY seconds, and
-    where a line is no document. What is open stays readable though its name is gone; the next pass cannot open it.
+    where a line is no document. What is open stays readable though its name is gone; the next pass cannot open it. A
+    file of another time and the same size, which `touch` and rsync leave, is read on after a warning, once a file.
 
-    `show`: is told of each file before it is touched, for whoever watches.
+    `show`: is told of each file before it is touched, for whoever watches. `is_told`: whether faults that are skipped
+    are logged.
     """
 
     def __init__(
@@ -218,16 +268,18 @@ class SourceReader:
         shares: list[Share],
         on_error: str = "stop",
         show: Callable[[Path], None] = lambda path: None,
+        is_told: bool = True,
     ):
         self.name = name
         self.shares = shares
         self.show = show
-        self.faults = Faults(on_error)
+        self.faults = Faults(on_error, is_told)
         # The next line to read: share, line number (from 0), byte offset, and the pass; `found` tells whether this
         # pass has given a document yet.
         self.share, self.line, self.offset, self.n_pass, self.found = 0, 0, 0, 0, False
         self._file: BinaryIO | None = None
         self._looks = [look_at(share.path) for share in shares]
+        self._touched: set[Path] = set()
         self._next_look = 0.0
         self._given: Place | None = None  # the last document
 
@@ -297,12 +349,18 @@ class SourceReader:
         if now == before:
             return
         self._looks[self.share] = now
+        read = f"since the run began (read to line {self.line}, byte {self.offset})"
+        if now is not None and before is not None and now.size == before.size:
+            if path not in self._touched:
+                self._touched.add(path)
+                logger.warning("%s: has changed %s, but not its size; read on as if it were the same", path, read)
+            return
         what = "is gone" if now is None else "is back" if before is None else "has changed"
-        if now is not None and before is not None and now.size != before.size:
+        if now is not None and before is not None:
             what += f" from {before.size:,} to {now.size:,} bytes"
         self.faults.tell(
-            f"{path}: {what} since the run began (read to line {self.line}, byte {self.offset}), so it cannot be "
-            "resumed exactly; leave data alone while it is trained on, or set data.on_error=skip"
+            f"{path}: {what} {read}, so it cannot be resumed exactly; leave data alone while it is trained on, or set "
+            "data.on_error=skip"
         )
 
     def _next_share(self) -> None:
@@ -311,10 +369,7 @@ class SourceReader:
         self.share += 1
         if self.share == len(self.shares):
             if not self.found:
-                names = ", ".join(str(share.path) for share in self.shares)
-                raise ValueError(
-                    f"data.sources.{self.name}: no documents for this rank in {names}; use fewer ranks or more text"
-                )
+                raise no_documents(self.name, [share.path for share in self.shares])
             self.share, self.found = 0, False
             self.n_pass += 1
         self.show(self.shares[self.share].path)

@@ -50,6 +50,7 @@ from lingua.args import (
     read_argument,
     read_yaml,
     refuse_secrets,
+    refusing_secrets,
     to_yaml,
     write_whole,
 )
@@ -211,7 +212,7 @@ def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
     folder = OmegaConf.select(config, "dump_dir")
     if not folder or not isinstance(folder, str):
         raise ValueError("dump_dir: not set in the config; name the folder for checkpoints and logs, dump_dir=...")
-    root = Path(folder).expanduser().absolute()
+    root = Path(os.path.expanduser(folder)).absolute()
     if "\0" in folder:
         raise ValueError("dump_dir: no folder's name has a zero byte in it")
     sweep = flatten_sweep(args.sweep)
@@ -313,7 +314,7 @@ def find_environment(environment: str) -> Path:
     """The folder of the Python environment that `anaconda` names. Raises ValueError where there is none."""
     if environment == "default":
         return Path(sys.prefix)
-    prefix = Path(environment).expanduser().absolute()
+    prefix = Path(environment).absolute()
     if os.access(prefix / "bin" / "python", os.X_OK):
         return prefix
     if conda := _find_conda():
@@ -512,7 +513,7 @@ def check_deletable(root: Path, args: StoolArgs, runs: list[Run]) -> None:
     kept += [Path(text) for text in dict.fromkeys(named) if 0 < len(text) < 4096 and "\0" not in text]
     for path in kept:
         with contextlib.suppress(OSError):  # a name that is too long for a file
-            whole = Path(os.path.abspath(path.expanduser())).resolve()
+            whole = Path(os.path.abspath(os.path.expanduser(path))).resolve()
             is_named_root = whole == root.resolve() and path not in kept[:4]
             if whole.exists() and whole.is_relative_to(root.resolve()) and not is_named_root:
                 raise ValueError(
@@ -692,7 +693,8 @@ def launch_job(args: StoolArgs) -> str | None:
     args = dataclasses.replace(from_dict(StoolArgs, {**vars(args), "config": None, "sweep": {}}, "StoolArgs"), **apart)
     validate_stool_args(args)
     try:
-        root, runs = plan_runs(args)
+        with refusing_secrets():
+            root, runs = plan_runs(args)
     except OmegaConfBaseException as error:
         raise ValueError(f"config: {first_line(error)}") from None
     known = args_of_script(args.script)
@@ -701,7 +703,8 @@ def launch_job(args: StoolArgs) -> str | None:
             check_config(known, run.config, f"the config of {args.script}")
         refuse_secrets_of_run(OmegaConf.to_container(run.config, resolve=False))
         if isinstance(run.config.get("env"), Mapping | DictConfig):
-            validate_environment(run.config.env)
+            with refusing_secrets():
+                validate_environment(run.config.env)
     args = dataclasses.replace(args, nodes=count_nodes(args))
     # What is installed stays where it is.
     code = root / CODE_FOLDER if args.copy_code and code_roots(args.script) else None

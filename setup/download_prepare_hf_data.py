@@ -34,6 +34,7 @@ from lingua.args import first_line, without_credentials
 from lingua.documents import (
     METADATA,
     SUFFIXES,
+    TEXT_COLUMNS,
     USUAL_EXPANSION,
     InputFile,
     find_files,
@@ -43,8 +44,9 @@ from lingua.documents import (
     suffix_of,
 )
 from lingua.shuffle import Plan, write_whole
-from lingua.shuffle_jobs import Cluster, Resources, check_memory, run
+from lingua.shuffle_jobs import Cluster, Resources, check_memory, of_documents, run
 from lingua.shuffle_output import check_disk, clear_leftovers, find_result
+from lingua.sources import ON_ERROR
 
 PROGRAM = "download_prepare_hf_data"
 DOWNLOAD_WORKERS = 8
@@ -59,9 +61,10 @@ class Dataset:
 
     @property
     def ignored(self) -> list[str]:
-        """Patterns of what is in no dataset a document, unless it is asked for by name."""
+        """Patterns of what is in no dataset a document, unless it is asked for by name, and of hidden files."""
         named = {pattern.rpartition("/")[2] for pattern in self.patterns}
-        return [f"{folder}{name}" for name in METADATA if name not in named for folder in ("", "*/")]
+        names = [*(name for name in METADATA if name not in named), ".*"]
+        return [f"{folder}{name}" for name in names for folder in ("", "*/")]
 
 
 CATALOGUE = {
@@ -93,6 +96,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of the repository (default: main)")
     parser.add_argument("--files", nargs="+", help=f"folders, globs, paths or URLs; {', '.join(SUFFIXES)}")
+    parser.add_argument(
+        "--on_error",
+        choices=ON_ERROR,
+        default="stop",
+        help="at what is no document: stop, or skip it and count it (default: %(default)s)",
+    )
+    parser.add_argument("--columns", nargs="+", help="what is kept of each document, such as: text url (default: all)")
     parser.add_argument("--workers", type=int, help="processes (default: one a core, as far as MEMORY allows)")
     parser.add_argument("--scratch", help="local folder for what lies between the passes, as large as the text")
     slurm = parser.add_argument_group("on a SLURM cluster, where DATA_DIR and --scratch are seen by all nodes")
@@ -121,6 +131,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"'{args.name}': one of a known name, --repo and --files, not several")
     if args.pattern and not args.repo:
         raise ValueError("--pattern is for files of --repo")
+    if args.columns and not set(args.columns) & set(TEXT_COLUMNS):
+        raise ValueError(f"--columns {' '.join(args.columns)}: {' or '.join(TEXT_COLUMNS)} has to be among them")
     if args.revision and args.files:
         raise ValueError("--revision is for datasets of the hub")
     return args
@@ -138,11 +150,13 @@ def main() -> None:
     data_dir = local_form(args.data_dir)
     data_dir = data_dir.rstrip("/") if is_remote(data_dir) else os.path.abspath(os.path.expanduser(data_dir))
     out = join(data_dir, f"{args.name}_shuffled")
-    here = Path(args.scratch or data_dir) if args.scratch or not is_remote(data_dir) else temporary_folder(out)
+    scratch = os.path.expanduser(args.scratch or "")
+    here = Path(scratch or data_dir) if scratch or not is_remote(data_dir) else temporary_folder(out)
     # Another DATA_DIR with the same scratch folder has work of its own there.
     own = f".{args.name}_shuffled.{digest_of(out)[:8]}.work"
-    work = here.absolute() / own if args.scratch or is_remote(out) else Path(out, ".work")
+    work = here.absolute() / own if scratch or is_remote(out) else Path(out, ".work")
     stage = str(work if is_remote(out) else Path(out, ".work"))
+    columns = None if args.columns is None else tuple(dict.fromkeys(args.columns))
     if args.files:
         files = find_files(args.files, exclude=out)
         source = {"files": args.files}
@@ -151,6 +165,7 @@ def main() -> None:
         source = {"repo": dataset.repo, "patterns": list(dataset.patterns), "revision": args.revision or "main"}
         # The raw files need not be there any more.
         wanted = {"seed": args.seed, "nchunks": args.nchunks, "n_validation": args.n_validation, "source": source}
+        wanted |= of_documents(args.on_error, columns)
         if manifest := find_result(out, args.name, wanted):
             clear_leftovers(str(work), stage)
             print(f"{out}: nothing to do, it is there: {manifest['documents']:,} documents in {args.nchunks} chunks")
@@ -166,6 +181,8 @@ def main() -> None:
         seed=args.seed,
         nchunks=args.nchunks,
         n_validation=args.n_validation,
+        on_error=args.on_error,
+        columns=columns,
     )
     resources = Resources(memory, cluster.cpus if cluster else args.workers)
     print(f"{args.name}: {len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB", flush=True)
@@ -174,7 +191,8 @@ def main() -> None:
     n_validation = written.get(plan.validation_name, {"documents": 0})["documents"]
     print(
         f"{args.name}: {manifest['documents']:,} documents ({manifest['bytes'] / 1e6:,.1f} MB) in, as many out: "
-        f"{manifest['documents'] - n_validation:,} in {args.nchunks} chunks, {n_validation:,} for validation; {out}"
+        f"{manifest['documents'] - n_validation:,} in {args.nchunks} chunks, {n_validation:,} for validation; "
+        f"{manifest['skipped']:,} skipped; {out}"
     )
     if is_remote(data_dir):
         kept = "" if args.files else f"; the downloaded files are still in {raw}"

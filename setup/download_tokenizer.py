@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-from lingua.args import check_writable, first_line, without_credentials
+from lingua.args import check_writable, first_line, user_path, without_credentials
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, Tokenizer, build_tokenizer
 
 
@@ -266,7 +266,7 @@ def split(pattern: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Downloads a tokenizer and checks it.")
     parser.add_argument("name", help=f"{', '.join(HUB_FILES)}, or an encoding of tiktoken's such as cl100k_base")
-    parser.add_argument("save_path", metavar="SAVE_PATH", type=Path, help="folder to put it into")
+    parser.add_argument("save_path", metavar="SAVE_PATH", type=user_path, help="folder to put it into")
     parser.add_argument(
         "--api_key",
         metavar="HF_TOKEN",

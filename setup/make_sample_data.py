@@ -233,8 +233,8 @@ def write(folder: Path, contents: dict[str, bytes]) -> bool:
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description="Writes text of the Python standard library as sample training data.")
-    parser.add_argument("--out", type=Path, default=root / "data" / "sample", help="default: %(default)s")
-    folder = parser.parse_args().out / "stdlib"
+    parser.add_argument("--out", default=root / "data" / "sample", help="default: %(default)s")
+    folder = Path(os.path.expanduser(parser.parse_args().out), "stdlib")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import psutil
 
-from lingua.args import check_writable, first_line
+from lingua.args import check_writable, first_line, user_path
 from lingua.documents import line_at
 from lingua.sources import parse_document, read_documents
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_tokenizer
@@ -397,13 +397,13 @@ def main() -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=Path,
+        type=user_path,
         help="folders of .jsonl or .txt files (*.val.jsonl is kept to measure on), files",
     )
     parser.add_argument(
         "--vocab_size", type=int, required=True, help="words in all: bytes and special tokens are included"
     )
-    parser.add_argument("--out", type=Path, required=True, help=f"folder to write {FILE_NAME} into")
+    parser.add_argument("--out", type=user_path, required=True, help=f"folder to write {FILE_NAME} into")
     parser.add_argument(
         "--max_bytes",
         type=number_of_bytes,

@@ -62,7 +62,9 @@ from lingua.data import (
     build_dataloader_from_args,
     check_state_fits,
     count_skipped,
+    describe_shared_sources,
     init_dataloader_state_from_args,
+    shared_sources,
     validate_data_args,
 )
 from lingua.distributed import (
@@ -72,8 +74,10 @@ from lingua.distributed import (
     World,
     data_rank,
     default_environment,
+    find_ranks,
     find_world,
     from_first_rank,
+    gather_objects,
     process_group,
     reduce_sum,
     run_main,
@@ -181,7 +185,6 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
         check_path(key, path)
     if args.probe_freq is not None and args.probe_freq < 1:
         raise ValueError(f"probe_freq: {args.probe_freq} is too small, it must be 1 or more, or null")
-    validate_environment(args.env)
     validate_distributed_args(args.distributed, world)
     validate_data_args(args.data)
     if args.data.n_views < 2:
@@ -299,7 +302,9 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
     )
     launch = ("OMP_", "MKL_", "NCCL_", "TORCH", "CUDA_", "SLURM_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
     shown = sorted(
-        f"{name}={value}" for name, value in os.environ.items() if name.startswith(launch) and not looks_secret(name)
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if name.startswith(launch) and not looks_secret(name, value)
     )
     logger.info("environment: %s", " ".join(shown))
 
@@ -757,11 +762,13 @@ def train(args: TrainArgs) -> None:
     Raises ValueError for a config, data or checkpoint that cannot work (one line, nothing written by then) and OSError
     where the disk fails.
     """
+    rank, _, n_ranks = find_ranks()
+    init_logger(rank, n_ranks)
+    validate_environment(args.env)
+    set_environment(args.env)  # before anything looks at a device, which find_world does first
     world = find_world()
-    init_logger(world.rank, world.size)
     validate_train_args(args, world)
     check_memory(args, world)
-    set_environment(args.env)
     slurm.use_scratch()
     set_torch_options(args)
     # Signals are remembered until the job is back in the queue: SLURM may send another one while logs are closed.
@@ -804,6 +811,10 @@ def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tupl
 def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stack: contextlib.ExitStack) -> None:
     """All that is left of the run; `stack` closes loader and logs."""
     args = run.args
+    shared = [pair for pairs in gather_objects(shared_sources(run.loader_state)) for pair in pairs]
+    if run.world.rank == 0:
+        for line in describe_shared_sources(shared, run.loader_state["made_with"]["streams"]):
+            logger.warning("%s", line)
     with together():
         # Before anything there is cleaned up, which another run may be writing.
         if run.world.rank == 0 and os.access(Path(args.dump_dir) / "train.log", os.W_OK):

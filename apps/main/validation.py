@@ -26,6 +26,7 @@ from lingua.sources import (
     Place,
     encode_document,
     find_files,
+    matching_files,
     read_document,
     read_documents,
     read_line,
@@ -88,7 +89,7 @@ def validation_files(args: ValidationArgs, train_data: dict[str, Any]) -> dict[s
     folders = []
     if args.use_val_from_train_src and train_data["root_dir"] is not None:
         for source in train_data["sources"]:
-            if any(Path(train_data["root_dir"], source).glob(VALIDATION_FILES)):
+            if matching_files(Path(train_data["root_dir"], source), VALIDATION_FILES):
                 folders.append((train_data["root_dir"], source))
             else:
                 logger.warning("no %s in %s/%s; not validated on", VALIDATION_FILES, train_data["root_dir"], source)

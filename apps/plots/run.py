@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class PlotArgs:
 
 def parse_command_line(argv: list[str]) -> PlotArgs:
     """Words without a key, and each `dump_dir=`, name a run's folder, as they stand."""
-    folders = [word.removeprefix("dump_dir=") for word in argv if is_folder(word)]
+    folders = [os.path.expanduser(word.removeprefix("dump_dir=")) for word in argv if is_folder(word)]
     args = parse_args(PlotArgs, [word for word in argv if not is_folder(word)])
     args.dump_dir = list(dict.fromkeys(folders or args.dump_dir))
     if not args.dump_dir:

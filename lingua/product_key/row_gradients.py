@@ -18,9 +18,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lingua.distributed import local_part
 from lingua.product_key.tickets import holder_of, new_ticket
 from lingua.product_key.xformer_embeddingbag import row_sums, table_gradient
+from lingua.sharding import local_part
 
 
 class RowGradients:

@@ -1,18 +1,24 @@
 """Configs: what wins, what is refused and how it is told, saved and read again."""
 
+import ast
 import dataclasses
+import functools
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
 
 from apps.main.train import TrainArgs
-from lingua.args import from_dict, looks_secret, parse_args, read_yaml, to_dict, to_yaml
+from lingua.args import PATH_KEYS, from_dict, looks_secret, parse_args, read_yaml, refuse_secrets, to_dict, to_yaml
 
 
 @dataclass
@@ -175,10 +181,95 @@ def test_secrets_are_refused(monkeypatch, write, name, default):
         assert message.startswith(("name: ", "anything.a[0].b: "))
 
 
+def test_a_config_of_the_users_own_reads_any_variable(monkeypatch):
+    """Nothing of ours is registered with OmegaConf, but while a config of ours is resolved."""
+    monkeypatch.setenv("MY_TOKEN", "hunter2")
+    own = OmegaConf.create({"token": "${oc.env:MY_TOKEN}", "other": "${oc.env:NOT_SET,x}"})
+    before = dict(BaseContainer._resolvers)
+    assert parse_args(Outer, ["name=${oc.env:NOT_SET,y}"]).name == "y"
+    refusal(["name=${oc.env:MY_TOKEN}"])
+    assert dict(BaseContainer._resolvers) == before
+    assert OmegaConf.to_container(own, resolve=True) == {"token": "hunter2", "other": "x"}
+    monkeypatch.delitem(BaseContainer._resolvers, "oc.env")  # which a program may do
+    assert parse_args(Outer, []).name == "run"
+    assert not OmegaConf.has_resolver("oc.env")
+
+
+OTHER_SECRETS = ["OPENAI_API_KEY", "SSH_KEY", "accessToken", "HFToken", "HFTOKEN", "GITHUB_PAT", "API_KEYS", "db.pwd"]
+NO_SECRETS = [
+    *("HOME", "OMP_NUM_THREADS", "NCCL_DEBUG", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES", "AUTHOR", "RANK", "PATH"),
+    *("NCCL_IB_PKEY", "X_MAX_TOKENS", "num_keys", "MONKEY", "TOKENIZERS_PARALLELISM", "NCCL_CUMEM_HOST_ENABLE"),
+]
+
+
 def test_which_names_look_secret():
-    assert all(looks_secret(name) for name in SECRETS)
-    for name in ("HOME", "OMP_NUM_THREADS", "NCCL_DEBUG", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES", "AUTHOR", "RANK"):
+    for name in [*SECRETS, *OTHER_SECRETS]:
+        assert looks_secret(name), name
+        assert looks_secret(name, "abc"), name
+    for name in NO_SECRETS:
         assert not looks_secret(name), name
+        assert not looks_secret(name, "abc"), name
+
+
+@pytest.mark.parametrize("value", ["1", "-2", "0.5", "1e-3", "true", "False"])
+def test_numbers_are_no_secrets_but_in_passwords(value):
+    for name in ("PAD_TOKEN", "SORT_KEY", "USE_AUTH", "NCCL_IB_PKEY", "X_MAX_TOKENS"):
+        assert not looks_secret(name, value), name
+        refuse_secrets({name: value}, "env")
+    for name in ("DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY"):
+        assert looks_secret(name, value), name
+        with pytest.raises(ValueError, match=rf"^env\.{name}: looks like a secret"):
+            refuse_secrets({name: value}, "env")
+
+
+# --- home folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_home_folder_in_every_path_key(home):
+    keys = [
+        *("dump_dir", "data.root_dir", "data.tokenizer.path", "checkpoint.path", "checkpoint.init_ckpt_path"),
+        *("profiling.trace_folder",),
+    ]
+    (home / "c.yaml").write_text("data: {root_dir: ~/of the file}\neval: {validation: {root_dir: ~/val}}\n")
+    args = parse_args(TrainArgs, ["config=~/c.yaml"])
+    assert args.data.root_dir == f"{home}/of the file"
+    assert args.eval == {"validation": {"root_dir": f"{home}/val"}}
+    args = parse_args(TrainArgs, [*(f"{key}=~/a/{key}" for key in keys), "name=~/n", "env.path=~/e"])
+    for key in keys:
+        assert functools.reduce(getattr, key.split("."), args) == f"{home}/a/{key}"
+    assert (args.name, args.env["path"]) == ("~/n", "~/e")
+    assert from_dict(TrainArgs, {"dump_dir": "~"}, "here").dump_dir == str(home)
+    # As in a shell: what only has the sign in it, or names nobody's home.
+    for text in ("a/~/b", "./~", "~nobody-of-this-name/x"):
+        assert parse_args(TrainArgs, [f"dump_dir={text}"]).dump_dir == text
+
+
+# Keys of text that name no file.
+NO_PATHS = {
+    *("account", "constraint", "device", "dtype", "exclude", "float8_filter", "float8_recipe", "fsdp_type"),
+    *("init_std_factor", "launcher", "layers", "mem", "model_dtype", "name", "on_error", "partition", "prompt"),
+    *("prompts", "qos", "scheduler", "script", "sources", "spawn_method", "statistics", "until", "value_rounding"),
+    *("value_update", "values_device", "x"),
+}
+
+
+def test_every_key_of_text_is_a_path_or_is_not():
+    """A new key has to say which."""
+    root, keys = Path(__file__).parents[2], set()
+    for file in [*root.glob("lingua/**/*.py"), *root.glob("apps/**/*.py")]:
+        for section in ast.walk(ast.parse(file.read_text())):
+            if isinstance(section, ast.ClassDef) and section.name.endswith("Args") and section.decorator_list:
+                fields = [line for line in section.body if isinstance(line, ast.AnnAssign)]
+                keys |= {line.target.id for line in fields if re.search(r"\bstr\b(?!,)", ast.unparse(line.annotation))}
+    keys -= {"env"}  # any variables
+    assert keys - PATH_KEYS == NO_PATHS
+    assert PATH_KEYS - keys == {"dir", "include_path"}  # of wandb, and of lm-eval
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def test_many_chunks_sort_as_they_are_numbered(tmp_path: Path) -> None:
         (b'{"text": "x"', "not a line of JSON"),
         (b'["text"]', 'a JSON list; wanted an object with "text" or "content"'),
         (b'{"texts": "x"}', 'neither "text" nor "content" among its keys'),
-        (b'{"text": null, "content": "x"}', '"text" is of type NoneType'),
+        (b'{"text": null, "content": null}', '"text" is of type NoneType'),
         (b'{"content": 1}', '"content" is of type int'),
         (b'{"text": "a\xffb"}', "byte 12 of the line is no UTF-8"),
         (b'{"text": "\xed\xa0\x80"}', "byte 11 of the line is no UTF-8"),

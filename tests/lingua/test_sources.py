@@ -15,8 +15,16 @@ import numpy as np
 import pytest
 
 from lingua import data, sources
-from lingua.data import DataArgs, build_dataloader_from_args, count_skipped, init_dataloader_state_from_args
-from lingua.sources import Faults, Place, read_documents
+from lingua.data import (
+    DataArgs,
+    build_dataloader_from_args,
+    count_skipped,
+    describe_shared_sources,
+    init_dataloader_state_from_args,
+    redistribute_state,
+    shared_sources,
+)
+from lingua.sources import TRAIN_FILES, VALIDATION_FILES, Faults, Place, find_files, parse_document, read_documents
 from lingua.tokenizer import ByteTokenizer
 
 BAD = [b"no JSON", b'{"text": "\xff"}', b'{"text": "cut', b'{"title": "x"}', b"[1]"]
@@ -53,6 +61,12 @@ def take(args: DataArgs, n: int, state=None, rank: int = 0, world_size: int = 1)
 def opened(args: DataArgs):
     with build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1)) as loader:
         yield loader
+
+
+def check_same(items: list, expected: list) -> None:
+    for (batch, state), (other, other_state) in zip(items, expected, strict=True):
+        assert np.array_equal(batch, other)
+        assert json.dumps(state) == json.dumps(other_state)
 
 
 def texts_of(items: list) -> str:
@@ -270,8 +284,10 @@ def replace(path: Path) -> None:
 
 
 def overwrite(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"first", b"FIRST"))
+    with path.open("r+b") as file:
+        content = file.read()
+        file.seek(0)
+        file.write(content.replace(b"first", b"FIRST"))
 
 
 def touch(path: Path) -> None:
@@ -283,9 +299,8 @@ CHANGES = {
     cut: r"has changed from 830 to 418 bytes",
     append: r"has changed from 830 to 847 bytes",
     replace: "has changed from 830 to 1,040 bytes",
-    overwrite: "has changed",
-    touch: "has changed",
 }
+SAME_SIZE = [overwrite, touch]
 
 
 @pytest.mark.parametrize("load_async", [False, True], ids=["sync", "async"])
@@ -302,6 +317,34 @@ def test_a_file_that_changes_is_named(two_files, change, load_async):
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("load_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("change", SAME_SIZE, ids=lambda change: change.__name__)
+def test_a_file_of_the_same_size_is_read_on_after_one_warning(two_files, caplog, change, on_error, load_async):
+    args, path = two_files
+    with opened(dataclasses.replace(args, on_error=on_error, load_async=load_async)) as loader:
+        items = list(itertools.islice(loader, 20))
+        for _ in range(3):
+            change(path)
+            items += itertools.islice(loader, 200)
+            os.utime(path, (len(items), 1))
+    assert ("FIRST" if change is overwrite else "first") in texts_of(items[-100:])
+    assert "second" in texts_of(items[-100:])
+    (told,) = warnings(caplog)
+    assert re.match(rf"{path}: has changed since the run began \(.*\), but not its size; read on", told)
+    assert count_skipped(items[-1][1]) == 0
+
+
+def test_a_file_that_was_touched_gives_the_same_batches(two_files):
+    args, path = two_files
+    expected = take(args, 100)
+    with opened(dataclasses.replace(args, on_error="stop")) as loader:
+        items = list(itertools.islice(loader, 10))
+        touch(path)
+        items += itertools.islice(loader, 90)
+    check_same(items, expected)
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_with_skip_a_file_that_changes_is_told_and_read_on(two_files, caplog, change):
     args, path = two_files
@@ -310,7 +353,7 @@ def test_with_skip_a_file_that_changes_is_told_and_read_on(two_files, caplog, ch
         change(path)
         items = list(itertools.islice(loader, 400))
     assert "second" in texts_of(items[-100:])
-    assert ("first" in texts_of(items[-100:])) == (change in (append, cut, touch))
+    assert ("first" in texts_of(items[-100:])) == (change in (append, cut))
     (told,) = [told for told in warnings(caplog) if "since the run began" in told]
     assert re.match(f"{path}: {CHANGES[change]}", told)
     n_skipped = count_skipped(items[-1][1])
@@ -326,11 +369,11 @@ def test_a_change_of_a_long_file_is_seen_after_a_while(tmp_path, monkeypatch):
     path = write(tmp_path / "a" / "x.chunk.0.jsonl", documents("a", 100_000))
     with opened(make_args(tmp_path, on_error="stop")) as loader:
         next(loader)
-        touch(path)
+        append(path)
         assert len(list(itertools.islice(loader, 100))) == 100
         now = sources.time.monotonic()
         monkeypatch.setattr(sources.time, "monotonic", lambda: now + sources.LOOK_EVERY + 1)
-        with pytest.raises(ValueError, match="has changed since the run began"):
+        with pytest.raises(ValueError, match="has changed from .* bytes since the run began"):
             list(itertools.islice(loader, 10))
 
 
@@ -346,13 +389,122 @@ def test_with_skip_a_run_resumes_from_what_is_left(two_files, change):
     assert "second" in texts_of(take(args, 300, state))
 
 
-def test_with_skip_files_that_are_new_are_refused(two_files):
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("load_async", [False, True], ids=["sync", "async"])
+def test_files_that_are_new_are_left_out_of_a_run(two_files, caplog, on_error, load_async):
     """They would change who reads what."""
     args, path = two_files
-    state = take(args, 3)[-1][1]
+    args = dataclasses.replace(args, on_error=on_error)
+    items = take(args, 200)
+    for number in (2, 3, 4, 5):
+        write(path.with_name(f"x.chunk.{number}.jsonl"), documents("third", 3))
+    resumed = take(dataclasses.replace(args, load_async=load_async), 198, items[1][1])
+    check_same(resumed, items[2:])
+    (told,) = warnings(caplog)
+    names = ", ".join(f"x.chunk.{number}.jsonl" for number in (2, 3, 4))
+    assert told == f"data.sources.a: left out of this run, which began without them: {names}, ..."
+    assert "third" in texts_of(take(args, 200))
+
+
+def test_the_rank_of_the_first_stream_says_what_is_left_out(two_files, caplog):
+    args, path = two_files
+    states = [init_dataloader_state_from_args(args, rank, 2) for rank in range(2)]
     write(path.with_name("x.chunk.2.jsonl"), documents("third", 3))
-    with pytest.raises(ValueError, match=r"^data\.sources\.a: 3 files now, but 2 files"):
+    for state, n_told in zip(states[::-1], [0, 1], strict=True):
         take(args, 1, state)
+        assert len(warnings(caplog)) == n_told
+    assert warnings(caplog) == ["data.sources.a: left out of this run, which began without it: x.chunk.2.jsonl"]
+
+
+def test_files_whose_names_begin_with_a_dot_are_no_data(two_files):
+    """What macOS, rsync and editors write beside their files."""
+    args, path = two_files
+    state, before = take(args, 3)[-1]
+    for name in ("._x.chunk.0.jsonl", ".x.chunk.1.jsonl.chunk.9.jsonl", "._x.val.jsonl"):
+        path.with_name(name).write_bytes(b"no text\n")
+    assert [file.name for file in find_files(args.root_dir, "a", TRAIN_FILES)] == ["x.chunk.0.jsonl", "x.chunk.1.jsonl"]
+    with pytest.raises(ValueError, match=r"^data\.sources\.a: no files named"):
+        find_files(args.root_dir, "a", VALIDATION_FILES)
+    take(dataclasses.replace(args, on_error="stop"), 3, before)
+
+
+# --- sources that are too small for their ranks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("load_async", [False, True], ids=["sync", "async"])
+def test_a_rank_without_a_document_reads_all_of_the_source(tmp_path, on_error, load_async):
+    write(tmp_path / "large" / "x.chunk.0.jsonl", documents("large", 300))
+    write(tmp_path / "tiny" / "x.chunk.0.jsonl", documents("tiny", 2))
+    # Nothing is shuffled, so that texts stay together.
+    args = make_args(tmp_path, on_error=on_error, load_async=load_async, batch_size=1, prefetch_size=1)
+    args.sources["tiny"] = 0.1
+    states = [init_dataloader_state_from_args(args, rank, 4) for rank in range(4)]
+    assert [shared_sources(state) for state in states] == [[], [], [("tiny", 2)], [("tiny", 3)]]
+    pairs = [pair for state in states for pair in shared_sources(state)]
+    assert describe_shared_sources(pairs, 4) == [
+        "data.sources.tiny: not every one of 4 ranks has a document in its share, so all of the source is read by "
+        "ranks 2, 3 too"
+    ]
+    for state, read in zip(states, [["tiny 0"], ["tiny 1"], ["tiny 0", "tiny 1"], ["tiny 0", "tiny 1"]], strict=True):
+        items = take(args, 500, state)
+        text = texts_of(items)
+        assert [name for name in ("tiny 0", "tiny 1") if name in text] == read
+        # It resumes as exactly as any, on other numbers of ranks too.
+        resumed = take(args, 10, json.loads(json.dumps(items[400][1])))
+        check_same(resumed, items[401:411])
+    on_two = [redistribute_state(states, rank, 2) for rank in range(2)]
+    assert [shared_sources(state) for state in on_two] == [[], [("tiny", 2), ("tiny", 3)]]
+    assert "tiny 0" in texts_of(take(args, 500, on_two[1]))
+
+
+def test_where_every_rank_has_a_document_nothing_is_shared(tmp_path):
+    for number in range(3):
+        write(tmp_path / "a" / f"x.chunk.{number}.jsonl", [b"", *documents("a", 4)])
+    for rank in range(4):
+        (stream,) = init_dataloader_state_from_args(make_args(tmp_path), rank, 4)["streams"]
+        assert stream == {"stream": rank, "rows_given": 0, "rows_used": 0, "place": None, "n_skipped": 0}
+
+
+def test_a_share_of_faults_only_has_no_document_where_they_are_skipped(tmp_path, caplog):
+    path = write(tmp_path / "a" / "x.chunk.0.jsonl", [documents("a", 1)[0], b"no JSON"])
+    skipping, stopping = (make_args(tmp_path, on_error=on_error) for on_error in ("skip", "stop"))
+    assert shared_sources(init_dataloader_state_from_args(skipping, 1, 2)) == [("a", 1)]
+    assert warnings(caplog) == []
+    state = init_dataloader_state_from_args(stopping, 1, 2)
+    assert shared_sources(state) == []
+    with pytest.raises(ValueError, match=f"^{path}:2: not a line of JSON"):
+        take(stopping, 1, state)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_source_without_a_document_ends_it_before_the_first_batch(tmp_path, rank):
+    write(tmp_path / "a" / "x.chunk.0.jsonl", documents("a", 3))
+    write(tmp_path / "b" / "x.chunk.0.jsonl", [b"", b"  "])
+    args = make_args(tmp_path, on_error="stop")
+    with pytest.raises(ValueError, match=r"^data\.sources\.b: no documents .*; give it text, or .* data\.sources\.b=0"):
+        init_dataloader_state_from_args(args, rank, 2)
+    args.sources["b"] = 0.0
+    take(args, 1, init_dataloader_state_from_args(args, rank, 2))
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ({"text": None, "content": "x"}, "x"),
+        ({"content": None, "text": "x"}, "x"),
+        ({"text": "x", "content": 5}, "x"),
+        ({"text": "", "content": "x"}, ""),
+    ],
+)
+def test_of_text_and_content_the_one_that_is_there_is_taken(line, text):
+    assert parse_document(json.dumps(line).encode(), Path("f"), 1) == text
+
+
+@pytest.mark.parametrize("line", [{"text": None}, {"text": None, "content": None}, {"content": None}])
+def test_a_document_without_text_is_a_fault(line):
+    with pytest.raises(ValueError, match=rf'^f:1: "{next(iter(line))}" is of type NoneType; wanted a string'):
+        parse_document(json.dumps(line).encode(), Path("f"), 1)
 
 
 def test_a_source_that_is_gone_ends_the_run_also_with_skip(two_files):

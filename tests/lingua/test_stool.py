@@ -294,8 +294,8 @@ def test_a_controller_that_is_away_is_asked_again(monkeypatch, caplog):
 @given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_text_from_the_command_line_is_kept(value):
-    """As it stands, unless YAML says that it is quoted, nothing, or a reference to something else."""
-    if "${" in value or value.strip() in ("", "~") or value.strip().lower() == "null" or value[0] in "'\"#[{":
+    """As it stands, unless YAML says that it is quoted, nothing, or a reference, or it begins with a home folder."""
+    if "${" in value or value.strip() in ("", "~") or value.strip().lower() == "null" or value[0] in "'\"#[{~":
         return
     args = parse_args(TrainArgs, [f"dump_dir={value}", f"data.root_dir={value}", f"env.NAME={value}"])
     assert args.dump_dir == args.data.root_dir == args.env["NAME"] == value

@@ -1,0 +1,51 @@
+"""What an import of the library leaves in the process: nothing that another program in it would notice."""
+
+import json
+import subprocess
+import sys
+
+# Prints what each group of modules that it is given changes when it is imported. torch and OmegaConf are imported
+# before: what they set is theirs.
+COMPARE = """
+import gc, importlib, json, logging, os, signal, sys, threading, warnings
+import torch, torch.distributed.tensor, torch.distributed.checkpoint
+from omegaconf.basecontainer import BaseContainer
+forks = []
+os.register_at_fork = lambda **hooks: forks.append(str(hooks))
+
+def state():
+    return {
+        "resolvers": dict(BaseContainer._resolvers),
+        "environment": dict(os.environ),
+        "signals": {str(number): signal.getsignal(number) for number in signal.Signals},
+        "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "log": (logging.getLogger().handlers[:], logging.getLogger().level),
+        "hooks": (sys.excepthook, threading.excepthook, warnings.showwarning),
+        "warnings": warnings.filters[:],
+        "threads": [thread.name for thread in threading.enumerate()],
+        "collector": (gc.isenabled(), gc.get_threshold()),
+        "torch": (torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision()),
+        "seed": (torch.initial_seed(), torch.get_rng_state().tolist()),
+        "forks": forks[:],
+    }
+
+for modules in sys.argv[1:]:
+    before = state()
+    for module in modules.split():
+        importlib.import_module(module)
+    after = state()
+    changed = [[name, str(before[name]), str(after[name])] for name in before if before[name] != after[name]]
+    print(json.dumps([changed, [name for name in sys.modules if name.startswith("lingua.")]]))
+"""
+
+LIBRARY = "args data distributed checkpoint optim probe shuffle_jobs stool"
+
+
+def test_nothing_global_changes():
+    stages = ["lingua.product_key.memory", " ".join(f"lingua.{name}" for name in LIBRARY.split())]
+    command = [sys.executable, "-c", COMPARE, *stages]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
+    (changed, modules), (changed_later, _) = map(json.loads, lines)
+    assert changed == changed_later == []
+    # The layer needs nothing of a running job.
+    assert not {"lingua.args", "lingua.distributed", "lingua.watch"} & set(modules)
