@@ -6,6 +6,7 @@
         train_state_00000.json         step and the loader's place, one file a data-parallel rank
         checksums.json                 of the files above (checkpoint_integrity.py)
         consolidated/consolidated.pth  the model alone in one file, made by `consolidate_checkpoints`
+    checkpoints/0000002000.damaged/    one that a resume passed over; nothing here reads or removes it
 
 It is written beside its place, flushed to the disk, and renamed into it. No file of it is read by unrestricted pickle.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import logging
 import pickle
@@ -105,7 +107,8 @@ class CheckpointArgs:
 class CheckpointManager:
     """The checkpoints of one run. Its methods are called by all ranks together.
 
-    `saved`: the step of the newest checkpoint that it has written, or that the run has gone on from.
+    `saved`: the step of the newest checkpoint that it has written, or that the run has gone on from. `passed_over`: by
+    step, what is wrong with those that `latest` found damaged.
 
     Args:
         data_rank: the number under which this rank writes its training state, None where another rank writes the same.
@@ -129,7 +132,7 @@ class CheckpointManager:
         self.rank, self.data_rank = rank, data_rank
         self.timeout = timedelta(seconds=timeout)
         self.saved = 0
-        self._damaged: set[int] = set()
+        self.passed_over: dict[int, str] = {}
         self._left: set[int] = set()  # what retention could not remove, and has told of
         self._group: dist.ProcessGroup | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -139,20 +142,31 @@ class CheckpointManager:
         return self.args.dump.is_due(step) or self.args.eval.is_due(step)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, as the first rank sees the folder: others may see it later.
+        """The newest whole checkpoint, as the first rank sees the folder: others may see it later. None without any.
 
-        All files are read, by each rank a share. One that is not whole is passed over with a warning.
+        All files are read, by each rank a share. One that is damaged is passed over with a warning. Raises ValueError
+        where all of them are: a run that started at step 0 would replace them and its metrics.
         """
         with together():
-            here = list_checkpoints(self.path) if self.rank == 0 else []
-        for folder in reversed(from_first_rank(here)):
+            existing = list_checkpoints(self.path) if self.rank == 0 else []
+        existing = from_first_rank(existing)
+        self.passed_over = {}
+        for folder in reversed(existing):
             problem = from_first_rank((find_damage(folder) or find_damaged_json(folder)) if self.rank == 0 else None)
             problem = problem or find_other_bytes(folder)
             if problem is None:
+                if self.rank == 0:
+                    for step, why in self.passed_over.items():
+                        logger.warning("passing over the checkpoint %s: %s", self._places(step)[0], why)
                 return folder
-            self._damaged.add(int(folder.name))
-            if self.rank == 0:
-                logger.warning("passing over the checkpoint %s: %s", folder, problem)
+            self.passed_over[int(folder.name)] = problem
+        if existing:
+            with together():
+                raise ValueError(
+                    f"'{self.path}': no checkpoint is whole (of {len(existing)}); the newest, {existing[-1].name}: "
+                    f"{self.passed_over[int(existing[-1].name)]}; restore one to go on from it, or move the folder away "
+                    "to start at step 0"
+                )
         return None
 
     def save(
@@ -213,7 +227,7 @@ class CheckpointManager:
                         logger.warning("checkpoint of step %s: %s; trying again in %s s", step, error, pause)
                     time.sleep(pause)
         self.saved = step
-        self._damaged.discard(step)
+        self.passed_over.pop(step, None)
         if self.rank == 0:
             logger.info("saved %s", self._places(step)[0])
             took = time.monotonic() - begun
@@ -284,11 +298,30 @@ class CheckpointManager:
                     with contextlib.suppress(OSError):
                         _remove(entry)
 
+    def set_aside(self) -> None:
+        """Renames the damaged checkpoints that `latest` has passed over. Raises OSError where that fails."""
+        if self.rank == 0:
+            for step in self.passed_over:
+                self._set_aside(step)
+
+    def _set_aside(self, step: int) -> None:
+        """Training comes by its step again, and somebody may be able to restore it."""
+        final = self._places(step)[0]
+        if not final.exists() or self._is_foreign(final):
+            return
+        numbers = itertools.count(2)
+        aside = final.with_name(f"{final.name}.damaged")
+        while aside.exists():
+            aside = final.with_name(f"{final.name}.damaged.{next(numbers)}")
+        final.rename(aside)
+        logger.warning("kept the damaged checkpoint of step %s as %s", step, aside)
+
     def _put_in_place(self, step: int) -> None:
         final, beside, old = self._places(step)
         flush_folder(beside)
-        # A folder of this step that is there already was passed over as damaged, or is of the init checkpoint's run.
-        if final.exists():
+        if step in self.passed_over:
+            self._set_aside(step)
+        if final.exists():  # of the init checkpoint's run
             self._move_away(step)
         beside.rename(final)
         flush_folder(self.path)
@@ -298,15 +331,16 @@ class CheckpointManager:
     def _retain(self, newest: int) -> None:
         """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds.
 
-        One that was found damaged counts for none. One that somebody waits for goes when a later one is saved. One that
-        cannot be removed is no reason to end a run: it stays, with a warning.
+        One that was passed over as damaged counts for none, and stays. One that somebody waits for goes when a later
+        one is saved. One that cannot be removed is no reason to end a run: it stays, with a warning.
         """
         steps = [int(folder.name) for folder in list_checkpoints(self.path) if int(folder.name) <= newest]
+        steps = [step for step in steps if step not in self.passed_over]
         evals = [step for step in steps if self.args.eval.is_due(step)]
         dumps = [step for step in steps if self.args.dump.is_due(step) or step not in evals]
         kept = {newest}
         for kind, keep in ((dumps, self.args.dump.keep), (evals, self.args.eval.keep)):
-            kept.update(kind if keep <= 0 else [step for step in kind if step not in self._damaged][-keep:])
+            kept.update(kind if keep <= 0 else kind[-keep:])
         given_up = sorted(set(steps) - kept - self._left)
         awaited = self.find_awaited(given_up) if given_up else set()
         for step in given_up:

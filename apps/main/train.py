@@ -736,9 +736,11 @@ def open_logs(run: Run) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim(folder))  # of two runs that have found no folder, one makes it
         stack.callback(remove_log_file, add_log_file(folder / "train.log"))
+        run.checkpoints.set_aside()
         write_whole(folder / "config.yaml", to_yaml(args))
         for name in ("metrics.jsonl", "metrics.eval.jsonl", "metrics.validation.jsonl"):
-            dropped = drop_metrics_after(folder / name, run.step)
+            # Where a damaged checkpoint was passed over, what came before it may be wanted when that is restored.
+            dropped = drop_metrics_after(folder / name, run.step, keep=bool(run.checkpoints.passed_over))
             if dropped:
                 logger.info("dropped %s lines of %s past step %s, which is computed again", dropped, name, run.step)
         run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
@@ -819,7 +821,8 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     with together():
         stack.enter_context(open_logs(run))
     with together():
-        drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size)
+        keep = bool(run.checkpoints.passed_over)
+        drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size, keep)
     stack.enter_context(run.profiler)
     logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
     try:
