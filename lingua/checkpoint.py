@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -36,8 +37,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    FileSystemReader,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+)
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -74,6 +83,9 @@ CONSOLIDATED_FILE = "consolidated.pth"
 CONFIG_FILE = "params.json"
 TRAIN_STATE_KEYS = ("step", "data_loader_state")
 
+# Of a tensor that are read at once.
+READ_BYTES = 2**24
+
 # Seconds, before a save that has failed is tried again.
 PAUSES = (1, 3)
 
@@ -108,7 +120,7 @@ class CheckpointManager:
     """The checkpoints of one run. Its methods are called by all ranks together.
 
     `saved`: the step of the newest checkpoint that it has written, or that the run has gone on from. `passed_over`: by
-    step, what is wrong with those that `latest` found damaged.
+    step, what is wrong with those that `latest` found damaged. `seconds`: that the newest one took to be written.
 
     Args:
         data_rank: the number under which this rank writes its training state, None where another rank writes the same.
@@ -132,6 +144,7 @@ class CheckpointManager:
         self.rank, self.data_rank = rank, data_rank
         self.timeout = timedelta(seconds=timeout)
         self.saved = 0
+        self.seconds: float | None = None
         self.passed_over: dict[int, str] = {}
         self._left: set[int] = set()  # what retention could not remove, and has told of
         self._group: dist.ProcessGroup | None = None
@@ -164,8 +177,8 @@ class CheckpointManager:
             with together():
                 raise ValueError(
                     f"'{self.path}': no checkpoint is whole (of {len(existing)}); the newest, {existing[-1].name}: "
-                    f"{self.passed_over[int(existing[-1].name)]}; restore one to go on from it, or move the folder away "
-                    "to start at step 0"
+                    f"{self.passed_over[int(existing[-1].name)]}; restore one to go on from it, or move the folder "
+                    "away to start at step 0"
                 )
         return None
 
@@ -227,10 +240,10 @@ class CheckpointManager:
                         logger.warning("checkpoint of step %s: %s; trying again in %s s", step, error, pause)
                     time.sleep(pause)
         self.saved = step
+        self.seconds = took = time.monotonic() - begun
         self.passed_over.pop(step, None)
         if self.rank == 0:
             logger.info("saved %s", self._places(step)[0])
-            took = time.monotonic() - begun
             if slurm.in_job() and took > slurm.WARNING_SECONDS / 2:
                 logger.warning(
                     "that took %.0f s, and SLURM warns %s s before it ends a job: a last checkpoint may not be whole "
@@ -378,6 +391,20 @@ def list_checkpoints(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if _WHOLE.fullmatch(entry.name) and entry.is_dir())
 
 
+def refuse_parent(path: Path) -> None:
+    """Raises ValueError where `path` is no checkpoint but the folder of several, or the dump_dir above that."""
+    if (path / ".metadata").is_file() or find_consolidated(path) is not None:
+        return
+    for folder in (path, path / "checkpoints"):
+        names = [checkpoint.name for checkpoint in list_checkpoints(folder)]
+        if names:
+            shown = ", ".join(names if len(names) <= 4 else [*names[:2], "...", *names[-2:]])
+            raise ValueError(
+                f"'{path}' is no checkpoint; there are {len(names)} in '{folder}': {shown}; name one of them, such as "
+                f"{folder / names[-1]}"
+            )
+
+
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a distributed checkpoint's files, going by their names and sizes; None for a whole one."""
     if not folder.is_dir():
@@ -507,6 +534,7 @@ def load_model(path: Path, model: nn.Module, compared: bool = False) -> None:
     with together():
         found = find_consolidated(path)
         if found is None and not (path / ".metadata").is_file():
+            refuse_parent(path)
             raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
     if not compared:
         refuse_damaged(path)
@@ -796,11 +824,49 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
+    """Reads a large tensor in parts: none is held twice, so who has room for a run has room to resume it."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_metadata(Path(self.path))
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        small = []
+        for item in plan.items:
+            stored = self.storage_data[item.storage_index]
+            is_large = item.type is LoadItemType.TENSOR and stored.length > READ_BYTES
+            if not (is_large and self._read_in_parts(item, stored, planner)):
+                small.append(item)
+        return super().read_data(dataclasses.replace(plan, items=small), planner)
+
+    def _read_in_parts(self, item: ReadItem, stored: Any, planner: LoadPlanner) -> bool:
+        """Of its rows, as many at once as READ_BYTES hold. False, with nothing done, for a tensor of another layout."""
+        if getattr(stored, "transform_descriptors", None):
+            return False
+        with open(Path(self.path) / stored.relative_path, "rb") as file:
+            # Its type, shape and place in the file.
+            layout = torch.load(self._slice_file(file, stored), map_location="meta", weights_only=True)
+            place = getattr(layout.untyped_storage(), "_checkpoint_offset", None)
+            if place is None or layout.dim() == 0 or not layout.is_contiguous():
+                return False
+            row_bytes = layout[0].numel() * layout.element_size()
+            begin = stored.offset + place + layout.storage_offset() * layout.element_size()
+            begin += item.storage_offsets[0] * row_bytes
+            n_rows, at_once = item.lengths[0], max(READ_BYTES // row_bytes, 1)
+            columns = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets[1:], item.lengths[1:], strict=True))
+            target = planner.resolve_tensor(item).detach()
+            buffer = torch.empty((min(at_once, n_rows), *layout.shape[1:]), dtype=layout.dtype)
+            content = memoryview(buffer.flatten().view(torch.uint8).numpy())
+            for first in range(0, n_rows, at_once):
+                n = min(at_once, n_rows - first)
+                file.seek(begin + first * row_bytes)
+                if file.readinto(content[: n * row_bytes]) < n * row_bytes:
+                    raise ValueError(f"{stored.relative_path} is cut short")
+                target[first : first + n].copy_(buffer[(slice(n), *columns)])
+            planner.commit_tensor(item, target)
+        return True
 
 
 class _TensorsOnly(DefaultLoadPlanner):
