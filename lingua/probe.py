@@ -62,7 +62,8 @@ AT_ONCE = 2**24
 def drop_probes_after(dump_dir: Path, step: int, rank: int, n_ranks: int, keep: bool = False) -> None:
     """Takes what is past the end of `step` out of the probe files, before it is computed again.
 
-    `keep`: append it to files beside them, as `drop_metrics_after` does. Each rank sees to its own file, and to its share of those of an earlier start with more ranks.
+    Each rank sees to its own file, and to its share of those of an earlier start with more ranks. `keep`: as in
+    `drop_metrics_after`.
     """
     for file in (dump_dir / "probe").glob("probe.*.jsonl"):
         number = file.name.split(".")[1]

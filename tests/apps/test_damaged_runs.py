@@ -1,9 +1,12 @@
-"""What a run finds damaged when it is started again is never replaced, and it does not start anew beside it."""
+"""What a run finds damaged when it is started again is never replaced, nor a run that another one is writing."""
 
+import errno
+import fcntl
 import shutil
 
 import pytest
 
+from lingua.logger import claim
 from tests.helpers.training import list_steps, read_losses, snapshot, start_ranks
 
 
@@ -64,3 +67,38 @@ def test_what_is_passed_over_stays(start, reference, tmp_path):
     assert [snapshot(folder / f"{step:010d}.damaged") for step in (45, 50)] == damaged
     assert (dump_dir / "metrics.jsonl.passed_over").read_bytes() == b"".join(lines[40:])
     assert read_losses(dump_dir) == read_losses(reference)
+
+
+# --- two runs in one folder -----------------------------------------------------------------------------------------
+
+
+def test_a_log_that_is_gone_lets_nobody_in(start, reference, tmp_path):
+    dump_dir = copy_run(reference, tmp_path / "run", 40)
+    (dump_dir / "train.log").unlink()
+    before = snapshot(dump_dir)
+    with claim(dump_dir):
+        error = start(dump_dir).finish().the_error()
+    assert error.startswith(f"error: dump_dir: another run is writing into '{dump_dir}'; ")
+    assert snapshot(dump_dir) == before
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    """That is no reason not to run, and nothing to be silent of."""
+
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    claim(tmp_path).close()
+    (record,) = caplog.records
+    assert "No locks available): nothing keeps a second run out of it" in record.getMessage()
+
+
+# --- what it starts from --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [[], ["checkpoint.continue_training_from_init=true"]])
+def test_initial_checkpoint_that_is_a_run(start, reference, tmp_path, keys):
+    error = start(tmp_path / "run", f"checkpoint.init_ckpt_path={reference}", *keys).finish().the_error()
+    assert f"checkpoint.init_ckpt_path: '{reference}' is no checkpoint; there are 12 in " in error
+    assert not (tmp_path / "run").exists()
