@@ -84,7 +84,7 @@ CONFIG_FILE = "params.json"
 TRAIN_STATE_KEYS = ("step", "data_loader_state")
 
 # Of a tensor that are read at once.
-READ_BYTES = 2**24
+READ_BYTES = 2**22
 
 # Seconds, before a save that has failed is tried again.
 PAUSES = (1, 3)
