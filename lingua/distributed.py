@@ -478,7 +478,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _forget_stop_signals() -> None:
-    """In a forked process, such as a worker of a pool: whoever ends it by TERM is not to wait in vain."""
+    """In a forked process, such as a worker of a pool, signals end it again."""
     for number, default in STOP_SIGNALS.items():
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignal):
             signal.signal(number, default)
@@ -488,7 +488,7 @@ def _forget_stop_signals() -> None:
 
 os.register_at_fork(after_in_child=_forget_stop_signals)
 
-# With what a process does at each of them that knows nothing of this.
+# The signals, and Python's own handlers for them.
 STOP_SIGNALS = {
     signal.SIGUSR2: signal.SIG_DFL,
     signal.SIGTERM: signal.SIG_DFL,
@@ -507,7 +507,7 @@ class StopSignal:
 
     @property
     def is_interrupt(self) -> bool:
-        """Whether it is Ctrl-C, from somebody who waits for the end."""
+        """Whether it is Ctrl-C."""
         return self.name == signal.SIGINT.name
 
     def __enter__(self) -> StopSignal:
@@ -534,25 +534,29 @@ class StopSignal:
         if in_background or threading.current_thread() is not threading.main_thread():
             yield
             return
-        # Python calls handlers in the main thread alone, when that comes back; the numbers go through a socket before.
-        told, teller = socket.socketpair()
-        teller.setblocking(False)
-        listener = threading.Thread(target=self._count_interrupts, args=(told, message), name="interrupts", daemon=True)
+        # Python runs handlers in the main thread, when that comes back from what it waits in. The signal's number is in
+        # this socket at once.
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        listener = threading.Thread(
+            target=self._count_interrupts, args=(reader, message), name="interrupts", daemon=True
+        )
         handler = signal.signal(signal.SIGINT, self._remember)
-        descriptor = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+        descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         listener.start()
         try:
             yield
         finally:
             signal.set_wakeup_fd(descriptor)
             signal.signal(signal.SIGINT, handler)
-            teller.close()
+            writer.shutdown(socket.SHUT_RDWR)  # for forked processes, too
             listener.join()
-            told.close()
+            writer.close()
+            reader.close()
 
-    def _count_interrupts(self, told: socket.socket, message: str | None) -> None:
+    def _count_interrupts(self, reader: socket.socket, message: str | None) -> None:
         n_interrupts = 0
-        while number := told.recv(1):
+        while number := reader.recv(1):
             if number[0] != signal.SIGINT:
                 continue
             n_interrupts += 1
