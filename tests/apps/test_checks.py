@@ -1,13 +1,15 @@
 """What ranks agree on every few steps: stop signals, errors in the data, bad steps."""
 
+import os
 import re
 import shutil
 import signal
+import time
 
 import pytest
 
-from lingua.distributed import CHECK_SECONDS, FEW_RANKS, DistributedArgs, World, steps_to_next_check
-from tests.helpers.training import last_step, list_steps, read_losses, read_metrics, start_ranks
+from lingua.distributed import CHECK_SECONDS, FEW_RANKS, DistributedArgs, StopSignal, World, steps_to_next_check
+from tests.helpers.training import last_step, list_steps, read_losses, read_metrics, start_ranks, wait_until
 
 
 @pytest.fixture
@@ -88,3 +90,25 @@ def test_intervals_between_checks():
     assert steps_to_next_check(args, many, 64, CHECK_SECONDS / 3) == 3
     assert steps_to_next_check(args, many, 64, 100.0) == 1
     assert steps_to_next_check(DistributedArgs(check_every=7), few, 1, 100.0) == 7
+
+
+def test_an_interrupt_is_remembered_by_the_process_itself(caplog):
+    """In a forked one it is what it was before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    with StopSignal() as stop_signal:
+        with stop_signal.taking_interrupts("Ctrl-C"):
+            child = os.fork()
+            if child == 0:
+                try:
+                    while True:
+                        time.sleep(0.01)
+                except KeyboardInterrupt:
+                    os._exit(7)
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: stop_signal.is_interrupt and caplog.records)
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert stop_signal.name == "SIGINT"
+    assert [record.getMessage() for record in caplog.records] == ["Ctrl-C"]
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
