@@ -6,6 +6,7 @@
         train_state_00000.json         step and the loader's place, one file a data-parallel rank
         checksums.json                 of the files above (checkpoint_integrity.py)
         consolidated/consolidated.pth  the model alone in one file, made by `consolidate_checkpoints`
+    checkpoints/0000002000.damaged/    one that a resume passed over; nothing here reads or removes it
 
 It is written beside its place, flushed to the disk, and renamed into it. No file of it is read by unrestricted pickle.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
+import itertools
 import json
 import logging
 import pickle
@@ -34,8 +37,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    FileSystemReader,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+)
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -72,6 +83,9 @@ CONSOLIDATED_FILE = "consolidated.pth"
 CONFIG_FILE = "params.json"
 TRAIN_STATE_KEYS = ("step", "data_loader_state")
 
+# Of a tensor that are read at once.
+READ_BYTES = 2**22
+
 # Seconds, before a save that has failed is tried again.
 PAUSES = (1, 3)
 
@@ -105,7 +119,8 @@ class CheckpointArgs:
 class CheckpointManager:
     """The checkpoints of one run. Its methods are called by all ranks together.
 
-    `saved`: the step of the newest checkpoint that it has written, or that the run has gone on from.
+    `saved`: the step of the newest checkpoint that it has written, or that the run has gone on from. `passed_over`: by
+    step, what is wrong with those that `latest` found damaged. `seconds`: that the newest one took to be written.
 
     Args:
         data_rank: the number under which this rank writes its training state, None where another rank writes the same.
@@ -129,7 +144,8 @@ class CheckpointManager:
         self.rank, self.data_rank = rank, data_rank
         self.timeout = timedelta(seconds=timeout)
         self.saved = 0
-        self._damaged: set[int] = set()
+        self.seconds: float | None = None
+        self.passed_over: dict[int, str] = {}
         self._left: set[int] = set()  # what retention could not remove, and has told of
         self._group: dist.ProcessGroup | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -139,20 +155,31 @@ class CheckpointManager:
         return self.args.dump.is_due(step) or self.args.eval.is_due(step)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, as the first rank sees the folder: others may see it later.
+        """The newest whole checkpoint, as the first rank sees the folder: others may see it later. None without any.
 
-        All files are read, by each rank a share. One that is not whole is passed over with a warning.
+        All files are read, by each rank a share. One that is damaged is passed over with a warning. Raises ValueError
+        where all of them are: a run that started at step 0 would replace them and its metrics.
         """
         with together():
-            here = list_checkpoints(self.path) if self.rank == 0 else []
-        for folder in reversed(from_first_rank(here)):
+            existing = list_checkpoints(self.path) if self.rank == 0 else []
+        existing = from_first_rank(existing)
+        self.passed_over = {}
+        for folder in reversed(existing):
             problem = from_first_rank((find_damage(folder) or find_damaged_json(folder)) if self.rank == 0 else None)
             problem = problem or find_other_bytes(folder)
             if problem is None:
+                if self.rank == 0:
+                    for step, why in self.passed_over.items():
+                        logger.warning("passing over the checkpoint %s: %s", self._places(step)[0], why)
                 return folder
-            self._damaged.add(int(folder.name))
-            if self.rank == 0:
-                logger.warning("passing over the checkpoint %s: %s", folder, problem)
+            self.passed_over[int(folder.name)] = problem
+        if existing:
+            with together():
+                raise ValueError(
+                    f"'{self.path}': no checkpoint is whole (of {len(existing)}); the newest, {existing[-1].name}: "
+                    f"{self.passed_over[int(existing[-1].name)]}; restore one to go on from it, or move the folder "
+                    "away to start at step 0"
+                )
         return None
 
     def save(
@@ -213,10 +240,10 @@ class CheckpointManager:
                         logger.warning("checkpoint of step %s: %s; trying again in %s s", step, error, pause)
                     time.sleep(pause)
         self.saved = step
-        self._damaged.discard(step)
+        self.seconds = took = time.monotonic() - begun
+        self.passed_over.pop(step, None)
         if self.rank == 0:
             logger.info("saved %s", self._places(step)[0])
-            took = time.monotonic() - begun
             if slurm.in_job() and took > slurm.WARNING_SECONDS / 2:
                 logger.warning(
                     "that took %.0f s, and SLURM warns %s s before it ends a job: a last checkpoint may not be whole "
@@ -284,11 +311,30 @@ class CheckpointManager:
                     with contextlib.suppress(OSError):
                         _remove(entry)
 
+    def set_aside(self) -> None:
+        """Renames the damaged checkpoints that `latest` has passed over. Raises OSError where that fails."""
+        if self.rank == 0:
+            for step in self.passed_over:
+                self._set_aside(step)
+
+    def _set_aside(self, step: int) -> None:
+        """Training comes by its step again, and somebody may be able to restore it."""
+        final = self._places(step)[0]
+        if not final.exists() or self._is_foreign(final):
+            return
+        numbers = itertools.count(2)
+        aside = final.with_name(f"{final.name}.damaged")
+        while aside.exists():
+            aside = final.with_name(f"{final.name}.damaged.{next(numbers)}")
+        final.rename(aside)
+        logger.warning("kept the damaged checkpoint of step %s as %s", step, aside)
+
     def _put_in_place(self, step: int) -> None:
         final, beside, old = self._places(step)
         flush_folder(beside)
-        # A folder of this step that is there already was passed over as damaged, or is of the init checkpoint's run.
-        if final.exists():
+        if step in self.passed_over:
+            self._set_aside(step)
+        if final.exists():  # of the init checkpoint's run
             self._move_away(step)
         beside.rename(final)
         flush_folder(self.path)
@@ -298,15 +344,16 @@ class CheckpointManager:
     def _retain(self, newest: int) -> None:
         """A checkpoint stays while it is among the last `keep` of its kind; one for evaluation may be both kinds.
 
-        One that was found damaged counts for none. One that somebody waits for goes when a later one is saved. One that
-        cannot be removed is no reason to end a run: it stays, with a warning.
+        One that was passed over as damaged counts for none, and stays. One that somebody waits for goes when a later
+        one is saved. One that cannot be removed is no reason to end a run: it stays, with a warning.
         """
         steps = [int(folder.name) for folder in list_checkpoints(self.path) if int(folder.name) <= newest]
+        steps = [step for step in steps if step not in self.passed_over]
         evals = [step for step in steps if self.args.eval.is_due(step)]
         dumps = [step for step in steps if self.args.dump.is_due(step) or step not in evals]
         kept = {newest}
         for kind, keep in ((dumps, self.args.dump.keep), (evals, self.args.eval.keep)):
-            kept.update(kind if keep <= 0 else [step for step in kind if step not in self._damaged][-keep:])
+            kept.update(kind if keep <= 0 else kind[-keep:])
         given_up = sorted(set(steps) - kept - self._left)
         awaited = self.find_awaited(given_up) if given_up else set()
         for step in given_up:
@@ -342,6 +389,20 @@ def list_checkpoints(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     return sorted(entry for entry in path.iterdir() if _WHOLE.fullmatch(entry.name) and entry.is_dir())
+
+
+def refuse_parent(path: Path) -> None:
+    """Raises ValueError where `path` is no checkpoint but the folder of several, or the dump_dir above that."""
+    if (path / ".metadata").is_file() or find_consolidated(path) is not None:
+        return
+    for folder in (path, path / "checkpoints"):
+        names = [checkpoint.name for checkpoint in list_checkpoints(folder)]
+        if names:
+            shown = ", ".join(names if len(names) <= 4 else [*names[:2], "...", *names[-2:]])
+            raise ValueError(
+                f"'{path}' is no checkpoint; there are {len(names)} in '{folder}': {shown}; name one of them, such as "
+                f"{folder / names[-1]}"
+            )
 
 
 def find_damage(folder: Path) -> str | None:
@@ -473,6 +534,7 @@ def load_model(path: Path, model: nn.Module, compared: bool = False) -> None:
     with together():
         found = find_consolidated(path)
         if found is None and not (path / ".metadata").is_file():
+            refuse_parent(path)
             raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
     if not compared:
         refuse_damaged(path)
@@ -762,11 +824,49 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
+    """Reads a large tensor in parts: none is held twice, so who has room for a run has room to resume it."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_metadata(Path(self.path))
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        small = []
+        for item in plan.items:
+            stored = self.storage_data[item.storage_index]
+            is_large = item.type is LoadItemType.TENSOR and stored.length > READ_BYTES
+            if not (is_large and self._read_in_parts(item, stored, planner)):
+                small.append(item)
+        return super().read_data(dataclasses.replace(plan, items=small), planner)
+
+    def _read_in_parts(self, item: ReadItem, stored: Any, planner: LoadPlanner) -> bool:
+        """Of its rows, as many at once as READ_BYTES hold. False, with nothing done, for a tensor of another layout."""
+        if getattr(stored, "transform_descriptors", None):
+            return False
+        with open(Path(self.path) / stored.relative_path, "rb") as file:
+            # Its type, shape and place in the file.
+            layout = torch.load(self._slice_file(file, stored), map_location="meta", weights_only=True)
+            place = getattr(layout.untyped_storage(), "_checkpoint_offset", None)
+            if place is None or layout.dim() == 0 or not layout.is_contiguous():
+                return False
+            row_bytes = layout[0].numel() * layout.element_size()
+            begin = stored.offset + place + layout.storage_offset() * layout.element_size()
+            begin += item.storage_offsets[0] * row_bytes
+            n_rows, at_once = item.lengths[0], max(READ_BYTES // row_bytes, 1)
+            columns = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets[1:], item.lengths[1:], strict=True))
+            target = planner.resolve_tensor(item).detach()
+            buffer = torch.empty((min(at_once, n_rows), *layout.shape[1:]), dtype=layout.dtype)
+            content = memoryview(buffer.flatten().view(torch.uint8).numpy())
+            for first in range(0, n_rows, at_once):
+                n = min(at_once, n_rows - first)
+                file.seek(begin + first * row_bytes)
+                if file.readinto(content[: n * row_bytes]) < n * row_bytes:
+                    raise ValueError(f"{stored.relative_path} is cut short")
+                target[first : first + n].copy_(buffer[(slice(n), *columns)])
+            planner.commit_tensor(item, target)
+        return True
 
 
 class _TensorsOnly(DefaultLoadPlanner):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lingua.distributed import World, gather_objects, local_part
 
@@ -64,6 +65,17 @@ def validate_guard_args(args: GuardArgs) -> None:
         )
     if args.spike_factor is not None and not 0 < args.spike_factor < math.inf:
         raise ValueError(f"guard.spike_factor: {args.spike_factor} must be a number above 0, or null")
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Raises ValueError for an optimizer that takes no notice of `found_inf`: bad steps would reach the weights."""
+    # torch's own sign of those that do: fused ones, and any that says so of itself.
+    heeds = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if not heeds or any(group.get("fused") is False for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot skip a step whose gradients are not finite: make it with fused=True, "
+            "or let its step() do nothing where the tensor found_inf is 1, and set _step_supports_amp_scaling on it"
+        )
 
 
 def seed_of_backward(loss: torch.Tensor) -> torch.Tensor:
@@ -214,13 +226,20 @@ class Guard:
         step = min(sum(wrong, []), default=None)
         return None if step is None or step - 1 in self._skipped_lately else step
 
-    def explain_again(self, model: nn.Module, step: int, forward: Callable[[], object]) -> str:
-        """Where in the model something is not finite when `forward` computes the step's loss once more."""
+    def explain_again(self, model: nn.Module, step: int, now: int, forward: Callable[[], object]) -> str:
+        """Where in the model something is not finite when `forward` computes the step's loss once more.
+
+        `now`: the newest step that is done, whose weights `forward` computes with.
+        """
         gathered = gather_objects((self._here(), find_origin(model, forward)))
         origins = [f"{origin}" + (f" on {rank}" if self.world.size > 1 else "") for rank, origin in gathered if origin]
-        if not origins:
-            return f"step {step}, computed again, is finite everywhere: that was a passing fault, of a machine perhaps"
-        return f"step {step}, computed again: the first output that is not finite is that of {', '.join(origins)}"
+        is_older = any(later not in self._skipped_lately for later in range(step + 1, now + 1 - self._behind))
+        again = f"step {step}, computed again" + f" with the weights of step {now}" * is_older
+        if origins:
+            return f"{again}: the first output that is not finite is that of {', '.join(origins)}"
+        if is_older:
+            return f"{again}, is finite everywhere"
+        return f"{again}, is finite everywhere: that was a passing fault, of a machine perhaps"
 
     def _here(self) -> str:
         return f"rank {self.world.rank} ({platform.node()})"

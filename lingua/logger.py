@@ -14,6 +14,9 @@ from typing import BinaryIO, TextIO
 
 logger = logging.getLogger(__name__)
 
+# Locked by the run that writes into a dump_dir. A log may be rotated or deleted; this stays, empty.
+LOCK_FILE = ".lock"
+
 FORMAT = "%(levelname).1s %(asctime)s %(rank)s%(message)s"
 
 
@@ -79,12 +82,14 @@ def init_logger(rank: int = 0, world_size: int = 1, stream: TextIO | None = None
 
 
 def claim(folder: Path) -> BinaryIO:
-    """Keeps other runs out of a folder, by a lock on its log file, until the file that is returned is closed, or this
-    process dies. Raises ValueError where another run has it.
+    """Keeps other runs out of a folder, by a lock, until the file that is returned is closed, or this process dies.
+
+    Raises ValueError where another run has it. A file system without locks gets a warning.
     """
-    file = open(folder / "train.log", "ab")
+    file = open(folder / LOCK_FILE, "ab")
     try:
-        # Of a kind that children do not inherit, and that network filesystems know.
+        # Of a kind that children do not inherit, and that network filesystems know. It is gone as soon as this process
+        # closes any file object on the file: nothing else opens it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -92,6 +97,9 @@ def claim(folder: Path) -> BinaryIO:
             raise ValueError(
                 f"dump_dir: another run is writing into '{folder}'; wait for its end, or name another folder"
             ) from None
+        logger.warning(
+            "dump_dir: %s cannot be locked (%s): nothing keeps a second run out of it", folder / LOCK_FILE, error
+        )
     return file
 
 

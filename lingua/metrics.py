@@ -163,16 +163,19 @@ def _without_slurm_secrets() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def drop_metrics_after(file: Path, step: int) -> int:
+def drop_metrics_after(file: Path, step: int, keep: bool = False) -> int:
     """Takes lines past the end of `step`, and one cut off by a kill, out of a metrics file before all that runs again.
 
-    Returns how many. The file is replaced whole.
+    Returns how many. The file is replaced whole. `keep`: append them to `FILE.passed_over`.
     """
     if not file.exists():
         return 0
     lines = file.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _place_of(line) <= (step, 0)]
     if len(kept) < len(lines):
+        if keep:
+            with open(file.with_name(file.name + ".passed_over"), "ab") as passed_over:
+                passed_over.writelines(line for line in lines if _place_of(line) > (step, 0))
         beside = file.with_name(file.name + ".tmp")
         beside.write_bytes(b"".join(kept))
         os.replace(beside, file)

@@ -80,6 +80,37 @@ def validate_optim_args(args: OptimArgs) -> None:
         raise ValueError(f"optim.decay_fraction: {args.decay_fraction} must be between 0 and 1")
     if args.scheduler == "wsd" and not args.lr_min_ratio > 0:
         raise ValueError("optim.lr_min_ratio: the wsd schedule divides by it, so it must be above 0")
+    if args.scheduler == "inv_sqrt" and args.warmup == 0:
+        raise ValueError(
+            "optim.warmup: the inv_sqrt schedule decays with warmup / step, so with 0 every step would have the rate "
+            "lr * lr_min_ratio; set 1 or more"
+        )
+
+
+def find_oddities(args: OptimArgs, n_steps: int) -> list[str]:
+    """What a run of `n_steps` does that its config may not mean: a line that names the key for each."""
+    lines = []
+    if args.scheduler != "constant" and args.warmup >= n_steps:
+        lines.append(
+            f"optim.warmup: {args.warmup} steps of {n_steps}: the learning rate never gets to optim.lr, its last one "
+            f"is {(n_steps - 1) / args.warmup:.2g} of it"
+        )
+    if args.annealing_step != OptimArgs.annealing_step:
+        lines.append(f"optim.annealing_step: {args.annealing_step} changes nothing; no schedule uses it")
+    return lines
+
+
+def find_jump(before: OptimArgs, n_before: int, now: OptimArgs, n_now: int, step: int) -> str | None:
+    """A line where a resume at `step` changes the learning rate by more than a tenth of what it would have been."""
+    old, new = (args.lr * build_lr_fn(args, n)(step) for args, n in ((before, n_before), (now, n_now)))
+    if abs(new - old) <= 0.1 * max(old, new):
+        return None
+    changed = [f"steps={n_before}"] * (n_before != n_now)
+    changed += [f"optim.{name}={value}" for name, value in vars(before).items() if value != getattr(now, name)]
+    return (
+        f"the learning rate of step {step + 1} is {new:.3g}, and was to be {old:.3g} by the checkpoint's config "
+        f"({', '.join(changed)})"
+    )
 
 
 # --- schedules: the factor on the learning rate at a step, section 5 of the interface ------------------------------
@@ -195,6 +226,19 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int =
     else:
         optimizer = AdamW(groups, **options)
     return optimizer, LambdaLR(optimizer, build_lr_fn(args, n_steps))
+
+
+def make_state(optimizer: AdamW) -> None:
+    """Makes the state that a checkpoint is read into. torch would make it by a step, with a gradient of each
+    parameter's size: of a table with sparse updates that is more than a run ever takes.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def set_schedule_step(optimizer: AdamW, scheduler: LambdaLR, step: int) -> None:

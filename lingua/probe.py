@@ -59,15 +59,16 @@ AT_ONCE = 2**24
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def drop_probes_after(dump_dir: Path, step: int, rank: int, n_ranks: int) -> None:
+def drop_probes_after(dump_dir: Path, step: int, rank: int, n_ranks: int, keep: bool = False) -> None:
     """Takes what is past the end of `step` out of the probe files, before it is computed again.
 
-    Each rank sees to its own file, and to its share of those of an earlier start with more ranks.
+    Each rank sees to its own file, and to its share of those of an earlier start with more ranks. `keep`: as in
+    `drop_metrics_after`.
     """
     for file in (dump_dir / "probe").glob("probe.*.jsonl"):
         number = file.name.split(".")[1]
         if number.isdecimal() and int(number) % n_ranks == rank:
-            drop_metrics_after(file, step)
+            drop_metrics_after(file, step, keep)
 
 
 def append_probe(dump_dir: Path, step: int, rank: int, records: list[dict[str, Any]]) -> None:

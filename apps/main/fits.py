@@ -1,7 +1,8 @@
 """Whether a run can fit this machine's memory: arithmetic on the config, before anything is built.
 
 A lower bound of what a rank holds, so what is refused here could not have run; what is let through can still be too
-much, which is told where it happens (`explaining_memory`).
+much, which is told where it happens (`explaining_memory`). It is of a step: a checkpoint is read in parts into
+parameters and moments (lingua/checkpoint.py), which takes less.
 """
 
 from __future__ import annotations
@@ -147,9 +148,12 @@ def loader_needs(args: TrainArgs) -> Iterator[Need]:
     rows = data.prefetch_size * data.batch_size
     keys = ("data.prefetch_size", "data.batch_size", "data.seq_len", "data.n_views")
     yield Need("the shuffle buffer", keys, 4 * rows * (data.seq_len + data.n_views - 1))
-    waiting = args.grad_acc_steps + (QUEUED_BATCHES if data.load_async else 0)
-    keys = ("grad_acc_steps", "data.batch_size", "data.seq_len", "data.n_views")
-    yield Need("the batches of a step", keys, 8 * waiting * data.batch_size * data.seq_len * data.n_views)
+    steps_ahead = min(args.distributed.check_every or 1, args.steps)
+    waiting = args.grad_acc_steps * steps_ahead + (QUEUED_BATCHES if data.load_async else 0)
+    what, keys = "the batches of a step", ("grad_acc_steps", "data.batch_size", "data.seq_len", "data.n_views")
+    if steps_ahead > 1:
+        what, keys = "the batches up to the next check", ("distributed.check_every", *keys)
+    yield Need(what, keys, 8 * waiting * data.batch_size * data.seq_len * data.n_views)
     yield Need("the blocks' objects", ("model.n_layers",), OBJECTS_PER_BLOCK * args.model.n_layers)
 
 

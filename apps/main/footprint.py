@@ -51,7 +51,7 @@ class Footprint:
     """Bytes that a rank holds, by kind, and what it sends. FLOPs are the model's (speed/FLOPS), per token.
 
     `peak`: the most that a step takes beside parameters and moments. Gradients come as activations go, so it is less
-    than the sum of all kinds.
+    than the sum of all kinds. Resuming takes less: parameters, moments, and nothing else that grows with the model.
     """
 
     dense: int

@@ -13,6 +13,7 @@ import functools
 import gc
 import itertools
 import logging
+import math
 import os
 import platform
 import shutil
@@ -50,12 +51,15 @@ from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
 from lingua.args import check_path, check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
 from lingua.checkpoint import (
+    CONFIG_FILE,
     CheckpointArgs,
     CheckpointManager,
     load_model,
     load_training,
+    read_json,
     read_train_state,
     refuse_damaged_distributed,
+    refuse_parent,
 )
 from lingua.data import (
     DataArgs,
@@ -82,13 +86,21 @@ from lingua.distributed import (
     reduce_sum,
     run_main,
     set_environment,
+    steps_to_next_check,
     together,
     validate_distributed_args,
     validate_environment,
 )
 from lingua.flops import known_peak
-from lingua.guards import Guard, GuardArgs, check_weights, seed_of_backward, validate_guard_args
-from lingua.logger import add_log_file, claim, init_logger, remove_log_file
+from lingua.guards import (
+    Guard,
+    GuardArgs,
+    check_weights,
+    refuse_optimizer,
+    seed_of_backward,
+    validate_guard_args,
+)
+from lingua.logger import LOCK_FILE, add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
 from lingua.metrics import (
     LoggingArgs,
@@ -105,6 +117,9 @@ from lingua.optim import (
     OptimArgs,
     build_optimizer,
     clip_gradients,
+    find_jump,
+    find_oddities,
+    make_state,
     set_schedule_step,
     split_parameters,
     validate_optim_args,
@@ -126,8 +141,9 @@ PATIENCE_WITH_WANDB = 60
 # Of distributed.timeout, after which a loader that does nothing is given up.
 PATIENCE_WITH_LOADER = 0.8
 
-# Steps whose batches are at hand to be computed again: on a GPU a bad one is found when the next but one begins.
-BATCHES_KEPT = 3
+# On Ctrl-C, the last step is saved where that takes no longer: torchrun ends its ranks after 30 s. Before a checkpoint
+# has been made, its time is guessed from its bytes, at so many a second.
+INTERRUPT_SECONDS, SAVED_A_SECOND = 20, 2**29
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
@@ -201,8 +217,13 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     validate_model_and_layout(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
         raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
-    if args.checkpoint.init_ckpt_path is not None and not Path(args.checkpoint.init_ckpt_path).exists():
-        raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
+    if args.checkpoint.init_ckpt_path is not None:
+        if not Path(args.checkpoint.init_ckpt_path).exists():
+            raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
+        try:
+            refuse_parent(Path(args.checkpoint.init_ckpt_path))
+        except ValueError as error:
+            raise ValueError(f"checkpoint.init_ckpt_path: {error}") from None
     validate_evaluation(args)
 
 
@@ -456,6 +477,10 @@ class Run:
         self.args, self.world, self.watch = args, world, watch
         self.step, self.total_tokens = 0, 0
         self.evaluation_stopped = False
+        self.interrupted = False
+        # Batches of the next steps, and the error that comes after them.
+        self.fetched: deque[list[Batch]] = deque()
+        self.data_error: ValueError | OSError | None = None
         self.data_rank, self.data_ranks = data_rank(args.distributed, world)
         self.loader_state = init_dataloader_state_from_args(args.data, self.data_rank, self.data_ranks)
         self.stopwatch = Stopwatch()
@@ -476,7 +501,8 @@ class Run:
         self.flops_per_token = count_flops_per_token(self.model, args.data.seq_len)
         self.reducer = parallelize(self.model, args.distributed, world)
         self.guard = Guard(args.guard, self.model, world)
-        self.latest_batches: deque[tuple[int, list[Batch]]] = deque(maxlen=BATCHES_KEPT)
+        # Of steps that other ranks may still report as bad, by step.
+        self.latest_batches: dict[int, list[Batch]] = {}
         dtype = DTYPES[args.distributed.model_dtype]
         # Of one rank: those of a tensor-parallel group work on the same tokens.
         workload = Workload(self.flops_per_token, self.tokens_per_step / args.distributed.tp_size, dtype)
@@ -509,7 +535,10 @@ class Run:
         self.model.to_empty(device=device)
         self.model.init_weights()
         self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps, args.seed)
+        with together():
+            refuse_optimizer(self.optimizer)
         if resume_from is not None:
+            make_state(self.optimizer)
             load_training(resume_from, self.model, self.optimizer, compared=True)
             set_schedule_step(self.optimizer, self.scheduler, self.step)
         elif args.checkpoint.init_ckpt_path is not None:
@@ -526,11 +555,15 @@ class Run:
         dtype = DTYPES[self.args.distributed.model_dtype]
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
-    def fetch(self, loader: Iterator[Batch]) -> list[Batch]:
-        """The batches of the next step."""
+    def fetch(self, loader: Iterator[Batch], n_steps: int) -> None:
+        """Makes sure that the batches of the next `n_steps` are in `fetched`, up to an error (`data_error`)."""
         self.watch.at("waiting for data", self.step + 1)
         with self.stopwatch.waiting_for_data():
-            return [next(loader) for _ in range(self.args.grad_acc_steps)]
+            try:
+                while len(self.fetched) < n_steps and self.data_error is None:
+                    self.fetched.append([next(loader) for _ in range(self.args.grad_acc_steps)])
+            except (ValueError, OSError) as error:
+                self.data_error = error
 
     def logs(self, step: int) -> bool:
         return step % self.args.logging.freq == 0 or step == self.args.steps
@@ -539,7 +572,7 @@ class Run:
         """All batches forward and backward; gradients are averaged over ranks, clipped and used once."""
         n_batches, acc_freq = self.args.grad_acc_steps, self.args.logging.acc_freq
         loss_sum = torch.zeros((), device=self.world.device)
-        self.latest_batches.append((self.step + 1, batches))
+        self.latest_batches[self.step + 1] = batches
         for number, (batch, self.loader_state) in enumerate(batches, start=1):
             tokens = torch.from_numpy(batch).to(self.world.device)
             self.reducer.begin(last=number == n_batches)
@@ -565,7 +598,7 @@ class Run:
 
     def compute_again(self, step: int) -> None:
         """The forward passes of one of the latest steps, with the weights of now."""
-        for batch, _ in dict(self.latest_batches)[step]:
+        for batch, _ in self.latest_batches[step]:
             tokens = torch.from_numpy(batch).to(self.world.device)
             with self.autocast():
                 self.model(tokens[..., 0], tokens[..., 1])
@@ -653,6 +686,11 @@ class Run:
             if self.args.checkpoint.save_async:
                 logger.info("writing in the background: %s", folder)
         self.stopwatch.restart_lap()
+
+    def is_saved_within(self, seconds: float) -> bool:
+        """Whether a checkpoint takes no longer, going by the last one or by its size. The same on all ranks."""
+        expected = self.checkpoints.seconds or checkpoint_bytes(self.model) / SAVED_A_SECOND
+        return from_first_rank(expected <= seconds)
 
     def finish_saving(self, needed: bool = False) -> None:
         """Waits for what is being written in the background. Failures as in `save`."""
@@ -745,9 +783,11 @@ def open_logs(run: Run) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim(folder))  # of two runs that have found no folder, one makes it
         stack.callback(remove_log_file, add_log_file(folder / "train.log"))
+        run.checkpoints.set_aside()
         write_whole(folder / "config.yaml", to_yaml(args))
         for name in ("metrics.jsonl", "metrics.eval.jsonl", "metrics.validation.jsonl"):
-            dropped = drop_metrics_after(folder / name, run.step)
+            # Where a damaged checkpoint was passed over, what came before it may be wanted when that is restored.
+            dropped = drop_metrics_after(folder / name, run.step, keep=bool(run.checkpoints.passed_over))
             if dropped:
                 logger.info("dropped %s lines of %s past step %s, which is computed again", dropped, name, run.step)
         run.metrics = MetricsLogger(folder / "metrics.jsonl", wandb_run)
@@ -759,8 +799,8 @@ def open_logs(run: Run) -> Iterator[None]:
 def train(args: TrainArgs) -> None:
     """Trains as `args` say, from the newest checkpoint where there is one, until `args.steps` or a stop signal.
 
-    Raises ValueError for a config, data or checkpoint that cannot work (one line, nothing written by then) and OSError
-    where the disk fails.
+    Raises ValueError for a config, data or checkpoint that cannot work (one line, nothing written by then), OSError
+    where the disk fails, and KeyboardInterrupt after Ctrl-C, when all is closed.
     """
     rank, _, n_ranks = find_ranks()
     init_logger(rank, n_ranks)
@@ -769,14 +809,19 @@ def train(args: TrainArgs) -> None:
     world = find_world()
     validate_train_args(args, world)
     check_memory(args, world)
+    if world.rank == 0:
+        for line in find_oddities(args.optim, args.steps):
+            logger.warning("%s", line)
     slurm.use_scratch()
     set_torch_options(args)
     # Signals are remembered until the job is back in the queue: SLURM may send another one while logs are closed.
     with contextlib.ExitStack() as signals:
         run, first_step = finish(args, world, signals)
         # The checkpoint is whole and the logs are closed, on all ranks: SLURM may end the job.
-        if (run.step < args.steps or run.evaluation_stopped) and world.rank == 0:
+        if (run.step < args.steps or run.evaluation_stopped) and world.rank == 0 and not run.interrupted:
             slurm.requeue(made_progress=run.step > first_step)
+    if run.interrupted:
+        raise KeyboardInterrupt
 
 
 def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tuple[Run, int]:
@@ -798,14 +843,28 @@ def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tupl
             first_step = run.step
             if run.step >= args.steps:
                 logger.info("all %s steps are done (%s)", args.steps, resume_from)
+            elif resume_from is not None and world.rank == 0:
+                warn_of_jump(args, resume_from, run.step)
         if run.step >= args.steps:
             if lacks_evaluation(run):
                 evaluate(run, stop_signal)
             else:
-                logger.info("nothing to do")
+                logger.info("nothing to do; raise steps to train on, or name another dump_dir for another run")
         else:
             train_from(run, resume_from, stop_signal, stack)
     return run, first_step
+
+
+def warn_of_jump(args: TrainArgs, resume_from: Path, step: int) -> None:
+    """Where the learning rate does not go on as the checkpoint's config has it."""
+    try:
+        config = read_json(resume_from / CONFIG_FILE)
+        optim = {key: value for key, value in config["optim"].items() if key in vars(args.optim)}
+        line = find_jump(from_dict(OptimArgs, optim, "optim"), config["steps"], args.optim, args.steps, step)
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
+        return  # of an initial checkpoint from elsewhere, whose config says nothing of it
+    if line is not None:
+        logger.warning("%s", line)
 
 
 def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stack: contextlib.ExitStack) -> None:
@@ -816,8 +875,9 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
         for line in describe_shared_sources(shared, run.loader_state["made_with"]["streams"]):
             logger.warning("%s", line)
     with together():
-        # Before anything there is cleaned up, which another run may be writing.
-        if run.world.rank == 0 and os.access(Path(args.dump_dir) / "train.log", os.W_OK):
+        # Before anything there is cleaned up, which another run may be writing. Where no run has been, no file is made
+        # before all is checked.
+        if run.world.rank == 0 and os.access(Path(args.dump_dir) / LOCK_FILE, os.W_OK):
             stack.enter_context(claim(Path(args.dump_dir)))
         run.checkpoints.clean_up()
         if args.checkpoint.path is not None:
@@ -834,9 +894,12 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     with together():
         stack.enter_context(open_logs(run))
     with together():
-        drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size)
+        keep = bool(run.checkpoints.passed_over)
+        drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size, keep)
     stack.enter_context(run.profiler)
     logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
+    ctrl_c = "Ctrl-C: ending after this step, with a checkpoint where that takes seconds; again to end at once"
+    stack.enter_context(stop_signal.taking_interrupts(ctrl_c if run.world.rank == 0 else None))
     try:
         train_steps(run, batches, stop_signal)
     except (ValueError, OSError, SystemExit):
@@ -846,30 +909,43 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
 
 
 def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> None:
-    """The loop. The last step is checkpointed whatever the schedule of checkpoints says."""
+    """The loop. The last step is checkpointed whatever the schedule of checkpoints says.
+
+    All ranks wait for each other at a check, and agree on what any of them has: a stop signal, an error in the data,
+    bad steps. Each has the batches of all steps up to the next check by then, so none of them waits in a step for a
+    rank that cannot do it. What happens in between is answered at the next check; a bad step is skipped at once, since
+    the gradients carry that to all ranks (lingua/guards.py).
+    """
     steps = run.args.steps
     if run.step > 0 and run.checkpoints.args.eval.is_due(run.step) and lacks_evaluation(run):
         evaluate(run, stop_signal)  # which the run was stopped before or in
     run.stopwatch.restart_lap()
-    while run.step < steps:
-        batches, error = [], None
-        try:
-            batches = run.fetch(loader)
-        except (ValueError, OSError) as caught:
-            error = caught
-        # All ranks hear of it, and stop at the same step.
+    every = run.args.distributed.check_every or 1  # steps from the next check to the one after it
+    checked, interval, next_check, end = time.monotonic(), 0, run.step, steps
+    failing = 0.0
+    while run.step < end:
+        run.fetch(loader, min(every, end - run.step))
         run.watch.at(WAITING_FOR_RANKS, run.step + 1)
         run.guard.read()
-        failing, stopping, *told = reduce_sum([error is not None, stop_signal.name is not None, *run.guard.tell()])
+        if run.step == next_check:
+            took = time.monotonic() - checked
+            flags = [run.data_error is not None, stop_signal.name is not None, took]
+            failing, stopping, took, *told = reduce_sum([*flags, *run.guard.tell()])
+            run.watch.at("computing", run.step + 1)
+            answer_bad_steps(run, told)
+            run.latest_batches = {step: batches for step, batches in run.latest_batches.items() if step >= run.step}
+            if stopping:
+                failing = 0.0  # the data is read again when the run goes on
+                break
+            if failing:
+                end, next_check = run.step + min(gather_objects(len(run.fetched))), steps
+                continue
+            seconds = took / run.world.size / interval if interval else math.inf
+            checked, interval, next_check = time.monotonic(), every, run.step + every
+            every = steps_to_next_check(run.args.distributed, run.world, every, seconds)
         run.watch.at("computing", run.step + 1)
-        if failing:
-            with together():
-                if error is not None:
-                    raise error
-        answer_bad_steps(run, told)
-        if stopping:
-            break
         run.profiler.begin_step(run.step + 1)
+        batches = run.fetched.popleft()
         step = run.train_step(batches)
         if run.logs(run.step):
             with together():
@@ -886,11 +962,20 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             gc.collect()
     run.watch.at("ending", run.step, has_limit=False)
     run.guard.read(everything=True)
-    answer_bad_steps(run, reduce_sum(run.guard.tell()))
+    interrupted, *told = reduce_sum([stop_signal.is_interrupt, *run.guard.tell()])
+    run.interrupted = interrupted > 0 and (run.step < steps or run.evaluation_stopped)
+    answer_bad_steps(run, told)
     run.finish_saving()
     if run.step > run.checkpoints.saved:
-        run.save(needed=True)
-        run.finish_saving(needed=True)
+        if not run.interrupted or run.is_saved_within(INTERRUPT_SECONDS):
+            run.save(needed=not failing)
+            run.finish_saving(needed=not failing)
+        elif run.world.rank == 0:
+            logger.warning("step %s is not saved, which takes long; the newest is %s", run.step, run.checkpoints.saved)
+    if failing:
+        with together():
+            if run.data_error is not None and not run.fetched:
+                raise run.data_error
     if run.step < steps:
         logger.info("stopped after step %s by %s; start again to go on", run.step, stop_signal.name or "a signal")
     else:
@@ -908,7 +993,7 @@ def answer_bad_steps(run: Run, told: list[float]) -> None:
         lines = run.guard.explain()
     step = run.guard.step_to_compute_again()
     if step is not None:
-        lines.append(run.guard.explain_again(run.model, step, lambda: run.compute_again(step)))
+        lines.append(run.guard.explain_again(run.model, step, run.step, lambda: run.compute_again(step)))
     if run.world.rank == 0:
         for line in lines:
             logger.warning("%s", line)

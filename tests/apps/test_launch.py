@@ -97,6 +97,20 @@ def test_started_again_by_torchrun(run, torchrun, pair, tmp_path):
     assert list_steps(tmp_path / "run") == list_steps(pair)
 
 
+def test_interrupted_from_the_keyboard(run, torchrun, tmp_path):
+    """torchrun passes Ctrl-C on to all ranks, whose last step is saved; the traceback is torchrun's own."""
+    argv = run("steps=100000", "checkpoint.dump.every=100000")
+    agent = torchrun("--standalone", "--nproc-per-node", 2, argv=argv)
+    wait_until(lambda: agent.poll() is not None or last_step(tmp_path / "run") >= 3)
+    agent.send_signal(signal.SIGINT)
+    result = finish_command(agent)
+    stopped = last_step(tmp_path / "run")
+    assert list_steps(tmp_path / "run") == [stopped]
+    assert result.out.count("Ctrl-C: ending after this step") == 1
+    assert f"stopped after step {stopped} by SIGINT" in result.out
+    assert "apps/main" not in result.err
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
 def test_lost_rank(run, start_group, pair, tmp_path, ending):
     """The other one says so and ends; the checkpoints stay, and the run goes on from the newest."""

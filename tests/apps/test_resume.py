@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from lingua.checkpoint import consolidate_checkpoints, read_consolidated
+from lingua.checkpoint import consolidate_checkpoints, find_damage, read_consolidated
 from tests.helpers.training import (
     Hold,
     computed,
@@ -85,6 +85,7 @@ def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
     result = start(dump_dir).finish().ok()
     assert "passing over the checkpoint" in result.out
     assert "starting at step 40 of 60" in result.out
+    (dump_dir / "checkpoints" / "0000000045.damaged").rename(tmp_path / "kept")
     assert_same_end(dump_dir, reference)
     assert list_steps(dump_dir) == list(range(5, 65, 5))
 
@@ -109,24 +110,50 @@ def test_signal(start, reference, tmp_path, number):
     assert_same_end(dump_dir, reference)
 
 
-@pytest.mark.parametrize("moment", ["between checkpoints", "while writing one"])
-def test_interrupted_from_the_keyboard(start, reference, tmp_path, moment):
-    """Ctrl-C ends it at once and quietly; the newest checkpoint is there to go on from."""
+def test_interrupted_from_the_keyboard(start, reference, tmp_path):
+    """The first Ctrl-C is answered by a line, and a checkpoint of the last step."""
     dump_dir = tmp_path / "run"
-    if moment == "while writing one":
-        hold = Hold(tmp_path / "hold", r"open .*/\.0000000040\.tmp/params\.json")
-        run = start(dump_dir, "checkpoint.dump.every=20", **hold.variables)
-        assert run.wait_for(hold.is_reached)
-    else:
-        run = start(dump_dir, "checkpoint.dump.every=20")
-        assert run.wait_for(lambda: last_step(dump_dir) >= 25)
-    run.kill(signal.SIGINT)
+    run = start(dump_dir, "checkpoint.dump.every=20")
+    assert run.wait_for(lambda: last_step(dump_dir) >= 25)
+    for process in (*psutil.Process(run.process.pid).children(), run.process):  # as a terminal does
+        os.kill(process.pid, signal.SIGINT)
     result = run.finish()
-    assert result.code == 130
-    assert result.err == ""
-    assert list_steps(dump_dir) == [20]
+    stopped = last_step(dump_dir)
+    assert (result.code, result.err) == (130, "")
+    assert result.out.count("Ctrl-C: ending after this step, with a checkpoint where that takes seconds") == 1
+    assert f"stopped after step {stopped} by SIGINT" in result.out
+    assert list_steps(dump_dir) == [20, stopped]
     start(dump_dir, "checkpoint.dump.every=20").finish().ok()
     assert_same_end(dump_dir, reference)
+
+
+def test_interrupted_twice(start, reference, tmp_path):
+    """It is gone at once, in the midst of writing a checkpoint; the newest one is there to go on from."""
+    dump_dir = tmp_path / "run"
+    hold = Hold(tmp_path / "hold", r"open .*/\.0000000040\.tmp/params\.json")
+    run = start(dump_dir, "checkpoint.dump.every=20", **hold.variables)
+    assert run.wait_for(hold.is_reached)
+    run.kill(signal.SIGINT)
+    assert run.wait_for(lambda: "Ctrl-C: " in run.out())
+    run.kill(signal.SIGINT)
+    result = run.finish()
+    assert (result.code, result.err) == (130, "")
+    assert find_damage(dump_dir / "checkpoints" / "0000000020") is None
+    assert not (dump_dir / "checkpoints" / "0000000040").exists()
+    start(dump_dir, "checkpoint.dump.every=20").finish().ok()
+    assert_same_end(dump_dir, reference)
+
+
+def test_interrupted_before_the_first_step(start, tmp_path):
+    """There is nothing to save yet."""
+    hold = Hold(tmp_path / "hold", rf"open {tmp_path / 'run' / 'config.yaml'}")
+    run = start(tmp_path / "run", **hold.variables)
+    assert run.wait_for(hold.is_reached)
+    run.kill(signal.SIGINT)
+    hold.release()
+    result = run.finish()
+    assert (result.code, result.err) == (130, "")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_checkpoints_elsewhere(start, reference, tmp_path):
@@ -160,6 +187,7 @@ def test_all_steps_done(start, reference, tmp_path):
     for steps in (60, 30):
         result = start(dump_dir, f"steps={steps}").finish().ok()
         assert f"all {steps} steps are done" in result.out
+        assert "nothing to do; raise steps to train on, or name another dump_dir for another run" in result.out
         assert result.err == ""
     assert snapshot(dump_dir) == before
 
@@ -167,7 +195,8 @@ def test_all_steps_done(start, reference, tmp_path):
 def test_more_steps(start, reference, tmp_path):
     dump_dir = tmp_path / "run"
     shutil.copytree(reference, dump_dir)
-    start(dump_dir, "steps=67").finish().ok()
+    result = start(dump_dir, "steps=67").finish().ok()
+    assert "the learning rate of step 61 is 0.00128, and was to be 0.001 by the checkpoint's config" in result.out
     losses = read_losses(dump_dir)
     assert losses[:60] == read_losses(reference)
     assert [step for step, _ in losses] == list(range(1, 68))

@@ -50,6 +50,7 @@ def test_the_command_itself(tiny, reference, tmp_path):
 
 def test_files(reference):
     assert sorted(path.name for path in reference.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",

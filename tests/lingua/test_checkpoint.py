@@ -31,9 +31,11 @@ from lingua.checkpoint import (
     read_consolidated,
     read_metadata,
     read_train_state,
+    refuse_parent,
 )
-from lingua.optim import OptimArgs, build_optimizer
+from lingua.optim import OptimArgs, build_optimizer, make_state
 from lingua.product_key.memory import ProductKeyArgs
+from tests.helpers.ranks import run_ranks
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -755,3 +757,64 @@ def test_a_checkpoint_holds_little_more_than_its_tensors(tmp_path):
     tensors = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     stored = sum(file.stat().st_size for file in folder.iterdir())
     assert tensors < stored < 1.1 * tensors + 100_000
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+TABLE_BYTES = 2**26
+
+
+def peak_of(folder: Path, resumes: bool) -> int:
+    """Bytes that a process takes at the most for two steps with sparse updates of a table, or to go on from them."""
+    model = LMTransformer(
+        LMTransformerArgs(
+            dim=256,
+            n_layers=1,
+            n_heads=2,
+            vocab_size=16,
+            max_seqlen=16,
+            productkey_args=ProductKeyArgs(is_enabled=True, layers="0", mem_n_keys=256, mem_k_dim=16),
+        )
+    )
+    optimizer, _ = build_optimizer(model, OptimArgs(value_update="sparse"), 10)
+    if resumes:
+        make_state(optimizer)
+        load_training(folder, model, optimizer)
+    else:
+        for _ in range(2):
+            model(torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not resumes:
+        CheckpointManager(CheckpointArgs(), folder.parent).save(1, model, optimizer, train_state(1), {})
+    return peak
+
+
+def test_resuming_takes_no_more_memory_than_the_run(tmp_path):
+    """Neither a gradient of the table's size, nor a second table while it is read."""
+    folder = tmp_path / "0000000001"
+    ran, resumed = (run_ranks(1, peak_of, folder, resumes)[0] for resumes in (False, True))
+    assert ran > 3 * TABLE_BYTES
+    assert resumed < 1.05 * ran
+
+
+# --- where there are several ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_the_folder_of_checkpoints_is_no_checkpoint(tmp_path, above):
+    path = tmp_path / "run" / "checkpoints"
+    small = Small(path)
+    folder = small.save(2)
+    refuse_parent(folder)
+    refuse_parent(tmp_path)
+    for step in (10, 20, 30, 40):
+        small.save(step)
+    named = tmp_path / "run" if above else path
+    with pytest.raises(ValueError, match=".") as caught:
+        load_model(named, small.model)
+    assert str(caught.value) == (
+        f"'{named}' is no checkpoint; there are 5 in '{path}': 0000000002, 0000000010, ..., 0000000030, 0000000040; "
+        f"name one of them, such as {path / '0000000040'}"
+    )

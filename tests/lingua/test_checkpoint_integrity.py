@@ -34,6 +34,7 @@ from lingua.checkpoint_integrity import (
     writing,
 )
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import snapshot
 
 
 def build():
@@ -275,16 +276,40 @@ def test_ranks_share_out_one_file(tmp_path):
 # --- retention -------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_keeps_no_place_of_a_whole_one(tmp_path, caplog):
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, caplog):
+    """It keeps no place of a whole one, and neither retention nor a new checkpoint of its step touches its files."""
     model, optimizer = build()
-    for step in (2, 4, 6):
+    for step in (2, 4, 6, 7):
         save(tmp_path, step)
     flip(tmp_path / "0000000006" / "__0_0.distcp", 700)
+    (tmp_path / "0000000007" / "params.json").unlink()
+    (tmp_path / "0000000006.damaged").mkdir()  # by an earlier start
+    damaged = {step: snapshot(tmp_path / f"{step:010d}") for step in (6, 7)}
     manager = CheckpointManager(CheckpointArgs(dump=SaveEvery(2, 2)), tmp_path)
     assert manager.latest() == tmp_path / "0000000004"
-    assert "passing over the checkpoint" in caplog.text
+    assert caplog.text.count("passing over the checkpoint") == 2
+    manager.set_aside()
     manager.save(7, model, optimizer, {"step": 7, "data_loader_state": {}}, {})
-    assert sorted(os.listdir(tmp_path)) == ["0000000004", "0000000007"]
+    names = ["0000000004", "0000000006.damaged", "0000000006.damaged.2", "0000000007", "0000000007.damaged"]
+    assert sorted(os.listdir(tmp_path)) == names
+    assert snapshot(tmp_path / "0000000006.damaged.2") == damaged[6]
+    assert snapshot(tmp_path / "0000000007.damaged") == damaged[7]
+    assert manager.latest() == tmp_path / "0000000007"
+
+
+def test_a_damaged_checkpoint_is_not_overwritten(tmp_path):
+    """Nor by whoever saves without setting aside before."""
+    model, optimizer = build()
+    for step in (2, 4):
+        save(tmp_path, step)
+    flip(tmp_path / "0000000004" / "__0_0.distcp", 700)
+    before = snapshot(tmp_path / "0000000004")
+    manager = CheckpointManager(CheckpointArgs(dump=SaveEvery(1, 1)), tmp_path)
+    assert manager.latest() == tmp_path / "0000000002"
+    for step in (3, 4, 5):
+        manager.save(step, model, optimizer, {"step": step, "data_loader_state": {}}, {})
+    assert sorted(os.listdir(tmp_path)) == ["0000000004.damaged", "0000000005"]
+    assert snapshot(tmp_path / "0000000004.damaged") == before
 
 
 def test_retention_leaves_alone_what_is_not_of_the_run(tmp_path, caplog):

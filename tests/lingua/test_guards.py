@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from lingua.distributed import World, local_part, reduce_sum
-from lingua.guards import Guard, GuardArgs, Usual, check_weights, seed_of_backward, validate_guard_args
+from lingua.guards import (
+    Guard,
+    GuardArgs,
+    Usual,
+    check_weights,
+    refuse_optimizer,
+    seed_of_backward,
+    validate_guard_args,
+)
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import reshard
 from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, here
@@ -110,7 +118,7 @@ def spoil(every_case):
             lines = trainer.step(fault)
             step = trainer.guard.step_to_compute_again()
             if step is not None:
-                lines.append(trainer.guard.explain_again(trainer.model, step, trainer.forward))
+                lines.append(trainer.guard.explain_again(trainer.model, step, step, trainer.forward))
             now = trainer.state()
             of_case[fault] = [
                 now.keys() == before.keys() and all(map(torch.equal, now.values(), before.values())),
@@ -270,6 +278,28 @@ def test_a_spike_is_one_line(caplog):
         "step 40: a spike of the gradient norm of the value tables: 5, 900 times the usual deviation above the median "
         "0.5 of 39 steps",
     ]
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------------
+
+
+def test_optimizers_that_cannot_skip_are_refused():
+    """Those that pass do skip."""
+    parameter = nn.Parameter(torch.ones(3))
+    for optimizer in (torch.optim.AdamW([parameter], fused=True), torch.optim.SGD([parameter], lr=1.0, fused=True)):
+        refuse_optimizer(optimizer)
+        parameter.grad, optimizer.found_inf = torch.full((3,), NAN), torch.ones(())
+        optimizer.step()
+        assert torch.equal(parameter, torch.ones(3))
+    group = {"params": [parameter], "fused": False}
+    for name, optimizer in (
+        ("SGD", torch.optim.SGD([parameter], lr=1.0)),
+        ("AdamW", torch.optim.AdamW([parameter])),
+        ("AdamW", torch.optim.AdamW([group], fused=True)),
+        ("RMSprop", torch.optim.RMSprop([parameter])),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} cannot skip a step .*fused=True"):
+            refuse_optimizer(optimizer)
 
 
 # --- weights, arguments -------------------------------------------------------------------------------------------
