@@ -1,11 +1,13 @@
 """What the tests of training share: a small corpus, a small config, and ways to run training in processes of its own.
 
-Importing torch takes seconds, so most processes are forked from a server that has done it (`Training`); `run_command`
-starts a command from nothing. Everything computes with one thread.
+What ends by itself runs in the test's process (`train_in_process`). Importing torch takes seconds, so other processes are
+mostly forked from a server that has done it (`Training`); `run_command` starts a command from nothing. Everything
+computes with one thread.
 """
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -228,6 +231,45 @@ class Training:
         """Waits until `happened()` or the process's end; returns whether it is still there."""
         wait_until(lambda: self.process.exitcode is not None or happened())
         return self.process.exitcode is None
+
+
+def train_in_process(argv: list[object], logs: Path, **variables: str) -> Result:
+    """What `Training(argv, logs, **variables).finish()` gives, without a process: one rank, until it ends by itself.
+
+    Environment, streams and log handlers are as before when it returns.
+    """
+    import torch.distributed as dist
+
+    from apps.main.train import main
+    from lingua.distributed import run_main
+
+    assert not dist.is_initialized(), "run_main would end this process"
+    environment = clean_environment(**{"TMPDIR": str(logs), **variables})
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    code = 0
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(tempfile.TemporaryFile("w+", buffering=1)) for _ in range(2)]
+        for fd, stream in enumerate(streams, start=1):
+            saved = os.dup(fd)
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, fd)
+            os.dup2(stream.fileno(), fd)
+        stack.enter_context(contextlib.redirect_stdout(streams[0]))
+        stack.enter_context(contextlib.redirect_stderr(streams[1]))
+        stack.enter_context(mock.patch.dict(os.environ, environment, clear=True))
+        stack.enter_context(mock.patch.object(sys, "argv", ["train.py", *map(str, argv)]))
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", None))
+        try:
+            run_main(main)
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        finally:
+            root.handlers, root.level = handlers, level
+            logging.captureWarnings(False)
+        for stream in streams:
+            stream.seek(0)
+        return Result(code, *(stream.read() for stream in streams))
 
 
 def free_port() -> int:
