@@ -9,9 +9,9 @@ from tests.helpers.training import (
     Result,
     Training,
     list_steps,
+    run_in_process,
     start_ranks,
     tiny_config,
-    train_in_process,
     write_config,
     write_corpus,
 )
@@ -40,7 +40,7 @@ def start(tiny, tmp_path) -> Callable[..., Training]:
 @pytest.fixture
 def run_here(tiny, tmp_path) -> Callable[..., Result]:
     """The same in the test's process, to its end: `run_here(dump_dir, *key_values, **environment)`."""
-    return lambda dump_dir, *arguments, **variables: train_in_process(
+    return lambda dump_dir, *arguments, **variables: run_in_process(
         [f"config={tiny}", f"dump_dir={dump_dir}", *arguments], tmp_path, **variables
     )
 

@@ -26,11 +26,11 @@ from tests.helpers.training import (
     last_step,
     list_steps,
     run_command,
+    run_in_process,
     small_disk,
     snapshot,
     start_ranks,
     torchrun,
-    train_in_process,
     wait_until,
 )
 
@@ -220,7 +220,7 @@ def test_the_command_itself(tiny, tmp_path):
     ("arguments", "word"), [([], "dump_dir"), (["config=/no/such.yaml"], "/no/such.yaml"), (["config="], "config")]
 )
 def test_no_config(tmp_path, arguments, word):
-    assert word in train_in_process(arguments, tmp_path).the_error()
+    assert word in run_in_process(arguments, tmp_path).the_error()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_no_config(tmp_path, arguments, word):
 def test_config_file(tmp_path, text, words):
     file = tmp_path / "bad.yaml"
     file.write_text(text, encoding="latin-1")
-    line = train_in_process([f"config={file}"], tmp_path, HF_TOKEN="hunter2").the_error()
+    line = run_in_process([f"config={file}"], tmp_path, HF_TOKEN="hunter2").the_error()
     assert all(word in line for word in words), line
     assert "hunter2" not in line
     assert not (Path.cwd() / "x").exists()

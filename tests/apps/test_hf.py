@@ -7,8 +7,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers looks
@@ -33,6 +31,7 @@ from lingua.optim import OptimArgs, build_optimizer
 from lingua.product_key.memory import ProductKeyArgs
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from lingua.transformer import hidden_size
+from tests.helpers.training import run_command, run_in_process
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"dim": 48, "n_layers": 4, "n_heads": 4, "vocab_size": 264, "max_seqlen": 64, "rope_theta": 50000.0}
@@ -640,35 +639,20 @@ def test_nothing_is_left_of_what_cannot_be_written(exported, tmp_path, monkeypat
         assert list(tmp_path.iterdir()) == []
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "apps.main.hf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-
-
 def test_command(exported, tmp_path):
     _, model, checkpoint = exported("grouped")
-    done = run("export", f"ckpt_dir={checkpoint}", f"out_dir={tmp_path}/hf")
-    assert done.returncode == 0, done.stderr
-    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/hf')" in done.stdout
-    done = run(
-        "import",
-        f"hf_dir={tmp_path}/hf",
-        f"out_dir={tmp_path}/ours",
-        "productkey_args.is_enabled=true",
-        'productkey_args.layers="1,3"',
-        "productkey_args.mem_n_keys=8",
-        "productkey_args.mem_knn=4",
-        "seed=3",
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_command(["apps.main.hf", "export", f"ckpt_dir={checkpoint}", f"out_dir={tmp_path}/hf"]).ok()
+    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/hf')" in done.out
+    memory = ["is_enabled=true", 'layers="1,3"', "mem_n_keys=8", "mem_knn=4"]
+    arguments = [f"hf_dir={tmp_path}/hf", f"out_dir={tmp_path}/ours", "seed=3"]
+    arguments += [f"productkey_args.{key}" for key in memory]
+    run_in_process(["import", *arguments], tmp_path, "apps.main.hf").ok()
     imported = imported_model(tmp_path / "ours")
     assert sorted(imported.memories()) == [1, 3]
     assert torch.equal(imported.output.weight, model.output.weight)
 
 
-def test_wrong_first_word():
+def test_wrong_first_word(tmp_path):
     for arguments, word in ((["exprot"], "exprot"), ([], "nothing")):
-        done = run(*arguments)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"error: the first word is {word}, wanted export or import")
-        assert done.stderr.count("\n") == 1
+        line = run_in_process(arguments, tmp_path, "apps.main.hf").the_error()
+        assert line.startswith(f"error: the first word is {word}, wanted export or import")
