@@ -53,24 +53,24 @@ def test_the_loader_ends_with_its_trainer(start, tmp_path):
     wait_until(lambda: not loader.is_running() or loader.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_leftover_of_a_half_written_checkpoint(start, reference, tmp_path):
+def test_leftover_of_a_half_written_checkpoint(run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
-    copy_run(reference, dump_dir, last=10)
-    half = dump_dir / "checkpoints" / ".0000000015.tmp"
-    shutil.copytree(reference / "checkpoints" / "0000000015", half)
+    copy_run(reference, dump_dir, last=40)
+    half = dump_dir / "checkpoints" / ".0000000045.tmp"
+    shutil.copytree(reference / "checkpoints" / "0000000045", half)
     file = half / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     (half / ".metadata").unlink()
     shutil.copytree(half, dump_dir / "checkpoints" / ".0000000005.old")
 
-    result = start(dump_dir).finish().ok()
-    assert "starting at step 10 of 60" in result.out
+    result = run_here(dump_dir).ok()
+    assert "starting at step 40 of 60" in result.out
     assert_same_end(dump_dir, reference)
     assert list_steps(dump_dir) == list(range(5, 65, 5))
 
 
 @pytest.mark.parametrize("damage", ["shortened", "missing", "flipped"])
-def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
+def test_damaged_newest_checkpoint(run_here, reference, tmp_path, damage):
     dump_dir = tmp_path / "run"
     copy_run(reference, dump_dir, last=45)
     file = dump_dir / "checkpoints" / "0000000045" / "__0_0.distcp"
@@ -82,7 +82,7 @@ def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
         place = len(content) // 2
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
 
-    result = start(dump_dir).finish().ok()
+    result = run_here(dump_dir).ok()
     assert "passing over the checkpoint" in result.out
     assert "starting at step 40 of 60" in result.out
     assert_same_end(dump_dir, reference)
@@ -90,7 +90,7 @@ def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_signal(start, reference, tmp_path, number):
+def test_signal(start, run_here, reference, tmp_path, number):
     dump_dir = tmp_path / "run"
     keys = ("checkpoint.dump.every=1000",)
     for goal in (7, 31):
@@ -105,12 +105,12 @@ def test_signal(start, reference, tmp_path, number):
         assert f"stopped after step {stopped} by {number.name}" in result.out
         assert goal <= stopped < 60
         assert list_steps(dump_dir)[-1] == stopped
-    start(dump_dir, *keys).finish().ok()
+    run_here(dump_dir, *keys).ok()
     assert_same_end(dump_dir, reference)
 
 
 @pytest.mark.parametrize("moment", ["between checkpoints", "while writing one"])
-def test_interrupted_from_the_keyboard(start, reference, tmp_path, moment):
+def test_interrupted_from_the_keyboard(start, run_here, reference, tmp_path, moment):
     """Ctrl-C ends it at once and quietly; the newest checkpoint is there to go on from."""
     dump_dir = tmp_path / "run"
     if moment == "while writing one":
@@ -125,64 +125,64 @@ def test_interrupted_from_the_keyboard(start, reference, tmp_path, moment):
     assert result.code == 130
     assert result.err == ""
     assert list_steps(dump_dir) == [20]
-    start(dump_dir, "checkpoint.dump.every=20").finish().ok()
+    run_here(dump_dir, "checkpoint.dump.every=20").ok()
     assert_same_end(dump_dir, reference)
 
 
-def test_checkpoints_elsewhere(start, reference, tmp_path):
+def test_checkpoints_elsewhere(start, run_here, reference, tmp_path):
     keys = [f"checkpoint.path={tmp_path / 'elsewhere' / 'checkpoints'}", "checkpoint.dump.every=50"]
     run = start(tmp_path / "run", *keys)
     assert run.wait_for(lambda: last_step(tmp_path / "run") >= 52)
     run.kill()
     run.finish()
-    start(tmp_path / "run", *keys).finish().ok()
+    run_here(tmp_path / "run", *keys).ok()
     assert computed(tmp_path / "run") == computed(reference)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert list_steps(tmp_path / "elsewhere") == [50, 60]
-    assert "all 60 steps are done" in start(tmp_path / "run", *keys).finish().ok().out
+    assert "all 60 steps are done" in run_here(tmp_path / "run", *keys).ok().out
 
 
-def test_signal_before_the_first_step(start, reference, tmp_path):
+def test_signal_before_the_first_step(start, run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
     run = start(dump_dir)
     assert run.wait_for(lambda: "filling the shuffle buffer" in run.out())
     run.kill(signal.SIGUSR2)
     assert "stopped after step 0 by SIGUSR2" in run.finish().ok().out
     assert not (dump_dir / "checkpoints").exists()
-    start(dump_dir).finish().ok()
+    run_here(dump_dir).ok()
     assert read_losses(dump_dir) == read_losses(reference)
 
 
-def test_all_steps_done(start, reference, tmp_path):
+def test_all_steps_done(run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
     shutil.copytree(reference, dump_dir)
     before = snapshot(dump_dir)
     for steps in (60, 30):
-        result = start(dump_dir, f"steps={steps}").finish().ok()
+        result = run_here(dump_dir, f"steps={steps}").ok()
         assert f"all {steps} steps are done" in result.out
         assert result.err == ""
     assert snapshot(dump_dir) == before
 
 
-def test_more_steps(start, reference, tmp_path):
+def test_more_steps(run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
     shutil.copytree(reference, dump_dir)
-    start(dump_dir, "steps=67").finish().ok()
+    run_here(dump_dir, "steps=67").ok()
     losses = read_losses(dump_dir)
     assert losses[:60] == read_losses(reference)
     assert [step for step, _ in losses] == list(range(1, 68))
     assert list_steps(dump_dir) == [*range(5, 70, 5), 67]
 
 
-def test_lines_within_steps_appear_once(start, tmp_path):
+def test_lines_within_steps_appear_once(start, run_here, tmp_path):
     """`logging.acc_freq` writes lines between two steps; those past the newest checkpoint are computed again."""
     keys = ("logging.acc_freq=1", "grad_acc_steps=3", "steps=20", "checkpoint.dump.every=6")
-    start(tmp_path / "whole", *keys).finish().ok()
+    run_here(tmp_path / "whole", *keys).ok()
     run = start(tmp_path / "killed", *keys)
     assert run.wait_for(lambda: last_step(tmp_path / "killed") >= 9)
     run.kill()
     run.finish()
-    start(tmp_path / "killed", *keys).finish().ok()
+    run_here(tmp_path / "killed", *keys).ok()
 
     whole, killed = (
         [(line["global_step"], line["acc_step"], line["loss/out"]) for line in read_metrics(tmp_path / name)]
@@ -194,12 +194,12 @@ def test_lines_within_steps_appear_once(start, tmp_path):
     assert killed == whole
 
 
-def test_memory_in_bf16(start, tmp_path):
+def test_memory_in_bf16(run_here, tmp_path):
     """The default number format keeps the tables and their moments in bf16: they come back as they were, too."""
     keys = ("distributed.model_dtype=bf16", "steps=16", "checkpoint.dump.every=6")
-    start(tmp_path / "whole", *keys).finish().ok()
-    start(tmp_path / "resumed", *keys).finish().ok()
+    run_here(tmp_path / "whole", *keys).ok()
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     for step in (12, 16):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{step:010d}")
-    start(tmp_path / "resumed", *keys).finish().ok()
+    run_here(tmp_path / "resumed", *keys).ok()
     assert computed(tmp_path / "resumed") == computed(tmp_path / "whole")
