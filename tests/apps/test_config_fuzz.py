@@ -1,7 +1,7 @@
 """Shipped configs, mutated: each runs a step, or ends in one line that names a key, and then leaves no file behind.
 
-The same 500 each time, all checked. Of those that pass, every third one runs, 40 of them, and with `--long` all of them. More, and
-others:
+The same 500 each time, all checked. Of those that pass, every third one runs, which makes 40, and with `--long` all of
+them. More, and others:
 
     FUZZ_EXAMPLES=5000 FUZZ_SEED=7 bash setup/test.sh --long tests/apps/test_config_fuzz.py
 """

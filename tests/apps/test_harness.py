@@ -1,17 +1,15 @@
-"""lm-eval's tasks: every request against a plain forward pass, several ranks against one, and during training."""
+"""lm-eval's tasks: every request against a plain forward pass, several ranks against one, and during training.
+
+lm-eval takes seconds to import: functions do, so that the collection of the tests does not.
+"""
 
 import json
 
-import lm_eval
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
-from apps.main import harness
 from apps.main.eval import EvalArgs, launch_eval
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator, load_consolidated_model_and_tokenizer
-from apps.main.harness import LinguaLM, SharedGenerator, generation_args
 from apps.main.hf import export_hf
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
@@ -62,12 +60,16 @@ def numbers(results):
 
 
 def make_lm(model, add_bos=True, **arguments):
+    from apps.main.harness import LinguaLM, SharedGenerator
+
     args = GeneratorArgs(**({"dtype": "fp32", "device": "cpu", "max_gen_len": 8} | arguments))
     generator = PackedCausalTransformerGenerator(args, model, build_tokenizer("bytes"), add_bos)
     return LinguaLM(SharedGenerator(generator))
 
 
 def ask(method, *arguments):
+    from lm_eval.api.instance import Instance
+
     return method([Instance("loglikelihood", {}, a, i) for i, a in enumerate(arguments)])
 
 
@@ -162,12 +164,16 @@ def test_requests_with_differing_arguments():
     ],
 )
 def test_what_a_task_says_of_generation(given, expected):
+    from apps.main.harness import generation_args
+
     args = generation_args(GeneratorArgs(max_gen_len=8, until=["U"], temperature=0.5, top_p=0.5), given)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(("given", "key"), [({"num_beams": 4}, "num_beams"), ({"temperature": -1}, "temperature")])
 def test_generation_that_is_not_supported(given, key):
+    from apps.main.harness import generation_args
+
     with pytest.raises(ValueError, match=f"generation_kwargs.{key}: "):
         generation_args(GeneratorArgs(), given)
 
@@ -211,6 +217,8 @@ def test_a_trained_model_knows_the_facts_wherever_it_is_asked(world, tmp_path):
 
 def test_ranks_share_the_work(world, tmp_path):
     """2 ranks under torchrun write the numbers of one process, to the last digit."""
+    from apps.main.harness import to_json
+
     _, tasks, run, _ = world
     checkpoint = run / "checkpoints" / "0000000060"
     one = evaluate(checkpoint, tmp_path / "one", tasks)
@@ -221,7 +229,7 @@ def test_ranks_share_the_work(world, tmp_path):
     result = run_command(torchrun(2, argv, "apps.main.eval")).ok()
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["results"] == one["results"]
-    assert two["samples"] == json.loads(harness.to_json(one["samples"]))
+    assert two["samples"] == json.loads(to_json(one["samples"]))
     assert result.out.count("|facts_gen") == 1
     line = json.loads((tmp_path / "two" / "metrics.eval.jsonl").read_text())
     assert line["global_step"] == 60
@@ -285,7 +293,9 @@ def test_a_task_that_fails_ends_in_one_line(world, tmp_path):
 def test_lm_evals_own_backend_says_the_same_of_the_exported_model(world, tmp_path, monkeypatch, kind):
     """Multiple choice, generation with stop strings, rolling perplexity; nothing is asked of a hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     _, tasks, run, _ = world
     checkpoint = run / "checkpoints" / "0000000060"
