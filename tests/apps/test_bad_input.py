@@ -638,14 +638,14 @@ def test_line_that_one_rank_reads(tiny, bad_corpus, tmp_path):
 
 def test_line_that_one_rank_reads_while_training(tiny, bad_corpus, tmp_path):
     """The loader of the second rank meets it in mid-run: both stop, and one of them says why."""
-    lines = [json.dumps({"text": f"document {number} of many words"}) for number in range(4000)]
-    lines[1001] = "no JSON"  # one file for two ranks: odd lines, counted from 0, are the second one's
+    lines = [json.dumps({"text": f"document {number} of many words"}) for number in range(1000)]
+    lines[201] = "no JSON"  # one file for two ranks: odd lines, counted from 0, are the second one's
     (bad_corpus / "long").mkdir()
     (bad_corpus / "long" / "long.chunk.00.jsonl").write_text("\n".join(lines))
     argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", f"data.root_dir={bad_corpus}", "data.sources.alpha=0"]
     argv += ["data.sources.beta=0", "data.sources.long=1", "steps=100000", "checkpoint.dump.every=0"]
     line = the_ranks_error(start_ranks(RANKS, argv, tmp_path))
-    assert "long.chunk.00.jsonl:1002:" in line
+    assert "long.chunk.00.jsonl:202:" in line
     assert last_step(tmp_path / "run") > 0
 
 

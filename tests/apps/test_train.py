@@ -137,7 +137,7 @@ def test_number_of_batches_does_not_change_the_loss(run_here, tmp_path):
 
 
 def test_what_must_not_change_the_loss(run_here, reference, tmp_path):
-    arguments = ["data.load_async=false", "gc_collect_freq=10", "name=other", "seed=7"]
+    arguments = ["data.load_async=false", "gc_collect_freq=25", "name=other", "seed=7"]
     run_here(tmp_path / "run", *arguments, AT_THE_END).ok()
     assert read_losses(tmp_path / "run") == read_losses(reference)
 
