@@ -654,7 +654,7 @@ def test_nothing_is_left_of_what_cannot_be_written(exported, tmp_path, monkeypat
 
 def test_command(exported, tmp_path):
     _, model, checkpoint = exported("grouped")
-    done = run_command(["apps.main.hf", "export", f"ckpt_dir={checkpoint}", f"out_dir={tmp_path}/hf"]).ok()
+    done = run_in_process(["export", f"ckpt_dir={checkpoint}", f"out_dir={tmp_path}/hf"], tmp_path, "apps.main.hf").ok()
     assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/hf')" in done.out
     memory = ["is_enabled=true", 'layers="1,3"', "mem_n_keys=8", "mem_knn=4"]
     arguments = [f"hf_dir={tmp_path}/hf", f"out_dir={tmp_path}/ours", "seed=3"]
@@ -666,6 +666,8 @@ def test_command(exported, tmp_path):
 
 
 def test_wrong_first_word(tmp_path):
-    for arguments, word in ((["exprot"], "exprot"), ([], "nothing")):
-        line = run_in_process(arguments, tmp_path, "apps.main.hf").the_error()
-        assert line.startswith(f"error: the first word is {word}, wanted export or import")
+    """The second one of a process, as users start it."""
+    misspelled = run_in_process(["exprot"], tmp_path, "apps.main.hf")
+    missing = run_command(["apps.main.hf"])
+    for result, word in ((misspelled, "exprot"), (missing, "nothing")):
+        assert result.the_error().startswith(f"error: the first word is {word}, wanted export or import")
