@@ -504,6 +504,7 @@ def _forget_stop_signals_in_children() -> None:
     """Once a process, and not before it needs to: an import changes nothing for a program that only uses a layer."""
     os.register_at_fork(after_in_child=_forget_stop_signals)
 
+
 # The signals, and Python's own handlers for them.
 STOP_SIGNALS = {
     signal.SIGUSR2: signal.SIG_DFL,

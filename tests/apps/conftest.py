@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.plain import STEPS, train_plainly
-from tests.helpers.training import Training, list_steps, start_ranks, tiny_config, write_config, write_corpus
+from tests.helpers.training import (
+    Result,
+    Training,
+    list_steps,
+    run_in_process,
+    start_ranks,
+    tiny_config,
+    write_config,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +33,14 @@ def tiny(corpus, tmp_path_factory) -> Path:
 def start(tiny, tmp_path) -> Callable[..., Training]:
     """Starts to train the small config: `start(dump_dir, *key_values, **environment)`."""
     return lambda dump_dir, *arguments, **variables: Training(
+        [f"config={tiny}", f"dump_dir={dump_dir}", *arguments], tmp_path, **variables
+    )
+
+
+@pytest.fixture
+def run_here(tiny, tmp_path) -> Callable[..., Result]:
+    """The same in the test's process, to its end: `run_here(dump_dir, *key_values, **environment)`."""
+    return lambda dump_dir, *arguments, **variables: run_in_process(
         [f"config={tiny}", f"dump_dir={dump_dir}", *arguments], tmp_path, **variables
     )
 

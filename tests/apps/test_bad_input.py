@@ -1,4 +1,7 @@
-"""What cannot work ends with one line that tells what and where, exit code 1, and nothing written."""
+"""What cannot work ends with one line that tells what and where, exit code 1, and nothing written.
+
+In the test's process (`run_here`), but for some of each kind, which end a process, as users start it (`run`).
+"""
 
 import json
 import os
@@ -18,12 +21,12 @@ from lingua.args import parse_args
 from lingua.checkpoint import consolidate_checkpoints, read_metadata
 from lingua.distributed import World
 from tests.helpers.training import (
-    Training,
     bytes_of,
     free_port,
     last_step,
     list_steps,
     run_command,
+    run_in_process,
     small_disk,
     snapshot,
     start_ranks,
@@ -172,18 +175,38 @@ CASES = [
 ]
 
 
-def refuse(start, dump_dir, *arguments, **variables):
-    """The error line of a start that must leave no trace."""
-    line = start(dump_dir, "steps=3", *arguments, **variables).finish().the_error()
+# Of them, those that end a process: a key, a type, a path, a value that the model does not take.
+OF_A_PROCESS = ("steppes=3", "steps=many", "data.root_dir=/no/such", "model.n_heads=3")
+
+
+@pytest.fixture
+def run(start):
+    """As `run_here`, in a process."""
+    return lambda *arguments, **variables: start(*arguments, **variables).finish()
+
+
+def refuse(run, dump_dir, *arguments, **variables):
+    """The error line of a start that must leave no trace. `run`: a fixture, of this name or `run_here`."""
+    line = run(dump_dir, "steps=3", *arguments, **variables).the_error()
     assert not dump_dir.exists()
     return line
 
 
-@pytest.mark.parametrize(("arguments", "words"), CASES, ids=[" ".join(arguments)[:60] for arguments, _ in CASES])
-def test_config(start, tmp_path, arguments, words):
-    line = refuse(start, tmp_path / "run", *arguments)
+def check_refusal(run, dump_dir, arguments, words):
+    line = refuse(run, dump_dir, *arguments)
     missing = [word for word in words if word not in line]
     assert not missing, f"{missing} not in: {line}"
+
+
+@pytest.mark.parametrize(("arguments", "words"), CASES, ids=[" ".join(arguments)[:60] for arguments, _ in CASES])
+def test_config(run_here, tmp_path, arguments, words):
+    check_refusal(run_here, tmp_path / "run", arguments, words)
+
+
+@pytest.mark.parametrize("argument", OF_A_PROCESS)
+def test_config_in_a_process(run, tmp_path, argument):
+    ((arguments, words),) = [case for case in CASES if case[0] == [argument]]
+    check_refusal(run, tmp_path / "run", arguments, words)
 
 
 def test_the_command_itself(tiny, tmp_path):
@@ -197,7 +220,7 @@ def test_the_command_itself(tiny, tmp_path):
     ("arguments", "word"), [([], "dump_dir"), (["config=/no/such.yaml"], "/no/such.yaml"), (["config="], "config")]
 )
 def test_no_config(tmp_path, arguments, word):
-    assert word in Training(arguments, tmp_path).finish().the_error()
+    assert word in run_in_process(arguments, tmp_path).the_error()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +244,7 @@ def test_no_config(tmp_path, arguments, word):
 def test_config_file(tmp_path, text, words):
     file = tmp_path / "bad.yaml"
     file.write_text(text, encoding="latin-1")
-    line = Training([f"config={file}"], tmp_path, HF_TOKEN="hunter2").finish().the_error()
+    line = run_in_process([f"config={file}"], tmp_path, HF_TOKEN="hunter2").the_error()
     assert all(word in line for word in words), line
     assert "hunter2" not in line
     assert not (Path.cwd() / "x").exists()
@@ -236,67 +259,75 @@ def bad_corpus(corpus, tmp_path):
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("load_async", ["true", "false"])
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
-        (b'{"text": "cut of', "JSON"),
-        (b"plain text", "JSON"),
-        (b'["text"]', "list"),
-        (b"null", "NoneType"),
-        (b'{"txet": "a", "id": 1}', "txet"),
-        (b"{}", "neither"),
-        (b'{"text": 7}', "int"),
-        (b'{"text": null}', "NoneType"),
-        (b'{"text": "\xff\xfe"}', "JSON"),
-        (b"[" * 100_000, "JSON"),
-    ],
-)
-def test_line(start, bad_corpus, tmp_path, line, word, load_async):
+BAD_LINES = [
+    (b'{"text": "cut of', "JSON"),
+    (b"plain text", "JSON"),
+    (b'["text"]', "list"),
+    (b"null", "NoneType"),
+    (b'{"txet": "a", "id": 1}', "txet"),
+    (b"{}", "neither"),
+    (b'{"text": 7}', "int"),
+    (b'{"text": null}', "NoneType"),
+    (b'{"text": "\xff\xfe"}', "JSON"),
+    (b"[" * 100_000, "JSON"),
+]
+
+
+def check_line(run, bad_corpus, dump_dir, line, word, load_async):
     file = bad_corpus / "alpha" / "alpha.chunk.00.jsonl"
     lines = file.read_bytes().splitlines()
     file.write_bytes(b"\n".join([lines[0], b"", line, *lines[1:]]))
     keys = [f"data.root_dir={bad_corpus}", "data.sources.beta=0", f"data.load_async={load_async}"]
-    message = refuse(start, tmp_path / "run", *keys)
+    message = refuse(run, dump_dir, *keys)
     assert f"{file}:3:" in message
     assert word in message
 
 
 @pytest.mark.parametrize("load_async", ["true", "false"])
-def test_line_met_in_the_middle_of_training(start, bad_corpus, tmp_path, load_async):
+@pytest.mark.parametrize(("line", "word"), BAD_LINES)
+def test_line(run_here, bad_corpus, tmp_path, line, word, load_async):
+    check_line(run_here, bad_corpus, tmp_path / "run", line, word, load_async)
+
+
+def test_line_in_a_process(run, bad_corpus, tmp_path):
+    check_line(run, bad_corpus, tmp_path / "run", *BAD_LINES[0], "true")
+
+
+@pytest.mark.parametrize(("load_async", "how"), [("true", "run"), ("false", "run_here")])
+def test_line_met_in_the_middle_of_training(request, bad_corpus, tmp_path, load_async, how):
     """It is not seen at the start; the run ends all the same with the one line, and its checkpoints stay."""
     for file in bad_corpus.rglob("*.jsonl"):
         lines = file.read_bytes().splitlines(keepends=True)
         file.write_bytes(b"".join(lines[:12]) + b"no JSON\n")
     keys = [f"data.root_dir={bad_corpus}", f"data.load_async={load_async}", "steps=1000"]
-    line = start(tmp_path / "run", *keys).finish().the_error()
+    line = request.getfixturevalue(how)(tmp_path / "run", *keys).the_error()
     assert ".jsonl:13: not a line of JSON" in line
     assert list_steps(tmp_path / "run")
 
 
-def test_source_without_chunk_files(start, bad_corpus, tmp_path):
+def test_source_without_chunk_files(run_here, bad_corpus, tmp_path):
     for file in (bad_corpus / "beta").iterdir():
         file.rename(file.with_name(file.name.replace("chunk.", "")))
     (bad_corpus / "beta" / "beta.val.jsonl").write_text('{"text": "a"}\n')
-    line = refuse(start, tmp_path / "run", f"data.root_dir={bad_corpus}")
+    line = refuse(run_here, tmp_path / "run", f"data.root_dir={bad_corpus}")
     assert "data.sources.beta" in line
     assert str(bad_corpus / "beta") in line
 
 
-def test_source_that_is_a_file(start, bad_corpus, tmp_path):
+def test_source_that_is_a_file(run_here, bad_corpus, tmp_path):
     shutil.rmtree(bad_corpus / "beta")
     (bad_corpus / "beta").touch()
-    assert "data.sources.beta" in refuse(start, tmp_path / "run", f"data.root_dir={bad_corpus}")
+    assert "data.sources.beta" in refuse(run_here, tmp_path / "run", f"data.root_dir={bad_corpus}")
 
 
 @pytest.mark.parametrize(
     ("content", "load_async"), [("", "true"), ("", "false"), ("\n \n\n", "true"), ('{"text": ""}\n', "true")]
 )
-def test_empty_chunk_files(start, bad_corpus, tmp_path, content, load_async):
+def test_empty_chunk_files(run_here, bad_corpus, tmp_path, content, load_async):
     for file in (bad_corpus / "beta").iterdir():
         file.write_text(content)
     keys = ["data.sources.alpha=0", "data.add_bos=false", "data.add_eos=false"]
-    line = refuse(start, tmp_path / "run", f"data.root_dir={bad_corpus}", f"data.load_async={load_async}", *keys)
+    line = refuse(run_here, tmp_path / "run", f"data.root_dir={bad_corpus}", f"data.load_async={load_async}", *keys)
     assert "data.sources" in line
 
 
@@ -321,14 +352,22 @@ SHAPES = [
 ]
 
 
+def check_initial_checkpoint(run, source, dump_dir, change, words):
+    line = refuse(run, dump_dir, f"checkpoint.init_ckpt_path={source}", *change)
+    assert all(word in line for word in [str(source), *words]), line
+
+
 @pytest.mark.parametrize("form", ["distributed", "consolidated"])
 @pytest.mark.parametrize(("change", "words"), SHAPES)
-def test_initial_checkpoint_of_another_shape(start, reference, tmp_path, form, change, words):
+def test_initial_checkpoint_of_another_shape(run_here, reference, tmp_path, form, change, words):
     source = shutil.copytree(reference / "checkpoints" / "0000000030", tmp_path / "source")
     if form == "consolidated":
         source = consolidate_checkpoints(source)
-    line = refuse(start, tmp_path / "run", f"checkpoint.init_ckpt_path={source}", *change)
-    assert all(word in line for word in [str(source), *words]), line
+    check_initial_checkpoint(run_here, source, tmp_path / "run", ["data.load_async=false", *change], words)
+
+
+def test_initial_checkpoint_of_another_shape_in_a_process(run, reference, tmp_path):
+    check_initial_checkpoint(run, reference / "checkpoints" / "0000000030", tmp_path / "run", *SHAPES[0])
 
 
 @pytest.mark.parametrize(
@@ -341,16 +380,16 @@ def test_initial_checkpoint_of_another_shape(start, reference, tmp_path, form, c
         (["data.tokenizer.name=mock"], ["tokenizer"]),
     ],
 )
-def test_resuming_with_what_does_not_fit(start, reference, tmp_path, change, words):
+def test_resuming_with_what_does_not_fit(run_here, reference, tmp_path, change, words):
     dump_dir = shutil.copytree(reference, tmp_path / "run")
     shutil.rmtree(dump_dir / "checkpoints" / "0000000060")
     before = snapshot(dump_dir)
-    line = start(dump_dir, *change).finish().the_error()
+    line = run_here(dump_dir, *change).the_error()
     assert all(word in line for word in words), line
     assert snapshot(dump_dir) == before
 
 
-def test_hostile_checkpoint(start, tmp_path):
+def test_hostile_checkpoint(run, tmp_path):
     """A file from a stranger is refused and not run."""
 
     class Hostile:
@@ -358,7 +397,7 @@ def test_hostile_checkpoint(start, tmp_path):
             return os.system, (f"touch '{tmp_path / 'mark'}'",)
 
     torch.save({"model": {"norm.weight": Hostile()}}, tmp_path / "consolidated.pth")
-    line = refuse(start, tmp_path / "run", f"checkpoint.init_ckpt_path={tmp_path / 'consolidated.pth'}")
+    line = refuse(run, tmp_path / "run", f"checkpoint.init_ckpt_path={tmp_path / 'consolidated.pth'}")
     assert "not a consolidated checkpoint" in line
     assert not (tmp_path / "mark").exists()
 
@@ -367,26 +406,28 @@ def test_hostile_checkpoint(start, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "SLURM_JWT"])
-def test_secret_in_the_config(start, tmp_path, name):
-    line = refuse(start, tmp_path / "run", f"env.{name}=hunter2")
+def test_secret_in_the_config(run_here, tmp_path, name):
+    line = refuse(run_here, tmp_path / "run", f"env.{name}=hunter2")
     assert f"env.{name}" in line
     assert "hunter2" not in line
 
 
 @pytest.mark.parametrize("section", ["logging.wandb", "eval.wandb"])
-def test_secret_in_the_settings_of_wandb(start, tmp_path, section):
-    line = refuse(start, tmp_path / "run", f"{section}={{project: x, mode: offline, settings: {{api_key: hunter2}}}}")
+def test_secret_in_the_settings_of_wandb(run_here, tmp_path, section):
+    line = refuse(
+        run_here, tmp_path / "run", f"{section}={{project: x, mode: offline, settings: {{api_key: hunter2}}}}"
+    )
     assert f"{section}.settings.api_key: looks like a secret" in line
     assert "hunter2" not in line
 
 
-def test_variable_that_only_sounds_like_a_secret(start, tmp_path):
+def test_variable_that_only_sounds_like_a_secret(run_here, tmp_path):
     """Commonly set beside Hugging Face's tokenizers, to be quiet."""
-    start(tmp_path / "run", "steps=1", "env.TOKENIZERS_PARALLELISM=false").finish().ok()
+    run_here(tmp_path / "run", "steps=1", "env.TOKENIZERS_PARALLELISM=false").ok()
 
 
-def test_wandb_without_a_key(start, tmp_path):
-    line = refuse(start, tmp_path / "run", "logging.wandb={project: x, mode: online}", HOME=str(tmp_path))
+def test_wandb_without_a_key(run, tmp_path):
+    line = refuse(run, tmp_path / "run", "logging.wandb={project: x, mode: online}", HOME=str(tmp_path))
     assert "logging.wandb" in line
 
 
@@ -395,44 +436,44 @@ def test_wandb_without_a_key(start, tmp_path):
 
 @pytest.mark.parametrize("key", ["dump_dir", "checkpoint.path"])
 @pytest.mark.parametrize("inside", ["", "run", "a/b/c"])
-def test_full_disk(start, tmp_path, key, inside):
+def test_full_disk(run_here, tmp_path, key, inside):
     disk = tmp_path / "disk"
     with small_disk(disk, "256k"):
-        line = start(tmp_path / "run", f"{key}={disk / inside}").finish().the_error()
+        line = run_here(tmp_path / "run", f"{key}={disk / inside}").the_error()
         assert f"{key}: '{disk}' has" in line
         assert os.listdir(disk) == []
     assert not (tmp_path / "run").exists()
 
 
-def test_small_disk_for_the_logs_alone(start, tmp_path):
+def test_small_disk_for_the_logs_alone(run_here, tmp_path):
     """Room for a checkpoint is wanted where checkpoints go."""
     disk = tmp_path / "disk"
     with small_disk(disk, "256k"):
-        start(disk / "run", f"checkpoint.path={tmp_path / 'checkpoints'}", "steps=2").finish().ok()
+        run_here(disk / "run", f"checkpoint.path={tmp_path / 'checkpoints'}", "steps=2").ok()
 
 
 @pytest.mark.parametrize("key", ["dump_dir", "checkpoint.path"])
 @pytest.mark.parametrize("inside", ["", "run"])
-def test_read_only_disk(start, tmp_path, key, inside):
+def test_read_only_disk(run_here, tmp_path, key, inside):
     disk = tmp_path / "disk"
     with small_disk(disk, "16m", ",ro"):
-        line = start(tmp_path / "run", f"{key}={disk / inside}").finish().the_error()
+        line = run_here(tmp_path / "run", f"{key}={disk / inside}").the_error()
     assert f"{key}: '{disk}' is read-only" in line
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["dump_dir", "checkpoint.path"])
 @pytest.mark.parametrize("inside", ["", "run", "a/b"])
-def test_file_in_the_way(start, tmp_path, key, inside):
+def test_file_in_the_way(run_here, tmp_path, key, inside):
     file = tmp_path / "file"
     file.write_text("mine")
-    line = start(tmp_path / "run", f"{key}={file / inside}").finish().the_error()
+    line = run_here(tmp_path / "run", f"{key}={file / inside}").the_error()
     assert f"{key}: '{file}' is a file" in line
     assert file.read_text() == "mine"
     assert not (tmp_path / "run").exists()
 
 
-def test_room_taken_by_a_half_written_checkpoint(start, reference, tmp_path):
+def test_room_taken_by_a_half_written_checkpoint(run_here, reference, tmp_path):
     """What a kill left behind is removed before its room is found wanting."""
     disk = tmp_path / "disk"
     one = bytes_of(reference / "checkpoints" / "0000000005")
@@ -441,7 +482,7 @@ def test_room_taken_by_a_half_written_checkpoint(start, reference, tmp_path):
         half = shutil.copytree(disk / "run/checkpoints/0000000005", disk / "run/checkpoints/.0000000010.tmp")
         with open(half / "filler", "wb") as filler:
             filler.write(bytes(int(0.7 * one)))
-        start(disk / "run", "steps=7", "checkpoint.dump.keep=1").finish().ok()
+        run_here(disk / "run", "steps=7", "checkpoint.dump.keep=1").ok()
         assert list_steps(disk / "run") == [7]
 
 
@@ -527,19 +568,26 @@ def test_layout_that_is_taken(tiny, n_ranks, layout):
 
 
 @pytest.mark.parametrize(
-    ("n_ranks", "arguments", "words"),
+    ("how", "n_ranks", "arguments", "words"),
     [
-        (8, ["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3", "8 ranks"]),
-        (4, ["distributed.tp_size=4", "model.n_heads=4"], ["distributed.tp_size", "model.vocab_size=258"]),
-        (4, ["distributed.tp_size=2", "distributed.memory_parallel_size=2"], ["distributed.memory_parallel_size"]),
-        (2, ["distributed.dp_shard=2"], ["distributed.fsdp_type", "no_shard"]),
-        (2, ["distributed.float8_recipe=rowwise"], ["distributed.float8_recipe", "a CPU"]),
+        ("run", 8, ["distributed.memory_parallel_size=3"], ["distributed.memory_parallel_size", "3", "8 ranks"]),
+        ("run_here", 4, ["distributed.tp_size=4", "model.n_heads=4"], ["distributed.tp_size", "model.vocab_size=258"]),
+        (
+            "run_here",
+            4,
+            ["distributed.tp_size=2", "distributed.memory_parallel_size=2"],
+            ["distributed.memory_parallel_size"],
+        ),
+        ("run_here", 2, ["distributed.dp_shard=2"], ["distributed.fsdp_type", "no_shard"]),
+        ("run_here", 2, ["distributed.float8_recipe=rowwise"], ["distributed.float8_recipe", "a CPU"]),
     ],
 )
-def test_layout_is_refused_before_ranks_meet(start, tmp_path, n_ranks, arguments, words):
-    """The first rank comes to its end alone: it would wait for the others if it went as far as a process group."""
+def test_layout_is_refused_before_ranks_meet(request, tmp_path, how, n_ranks, arguments, words):
+    """The first rank comes to its end alone: it would wait in vain for the others, and say so, in a process group."""
     launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    line = refuse(start, tmp_path / "run", *arguments, **{name: str(value) for name, value in launch.items()})
+    variables = {name: str(value) for name, value in launch.items()}
+    run = request.getfixturevalue(how)
+    line = refuse(run, tmp_path / "run", "distributed.timeout=20", *arguments, **variables)
     assert all(word in line for word in words), line
 
 
@@ -590,24 +638,26 @@ def test_line_that_one_rank_reads(tiny, bad_corpus, tmp_path):
 
 def test_line_that_one_rank_reads_while_training(tiny, bad_corpus, tmp_path):
     """The loader of the second rank meets it in mid-run: both stop, and one of them says why."""
-    lines = [json.dumps({"text": f"document {number} of many words"}) for number in range(4000)]
-    lines[1001] = "no JSON"  # one file for two ranks: odd lines, counted from 0, are the second one's
+    lines = [json.dumps({"text": f"document {number} of many words"}) for number in range(1000)]
+    lines[201] = "no JSON"  # one file for two ranks: odd lines, counted from 0, are the second one's
     (bad_corpus / "long").mkdir()
     (bad_corpus / "long" / "long.chunk.00.jsonl").write_text("\n".join(lines))
     argv = [f"config={tiny}", f"dump_dir={tmp_path / 'run'}", f"data.root_dir={bad_corpus}", "data.sources.alpha=0"]
     argv += ["data.sources.beta=0", "data.sources.long=1", "steps=100000", "checkpoint.dump.every=0"]
     line = the_ranks_error(start_ranks(RANKS, argv, tmp_path))
-    assert "long.chunk.00.jsonl:1002:" in line
+    assert "long.chunk.00.jsonl:202:" in line
     assert last_step(tmp_path / "run") > 0
 
 
-@pytest.mark.parametrize("slow_rank", [0, 1])
-def test_torchrun(tiny, tmp_path, slow_rank):
-    """The error gets through whichever rank meets it first, although torchrun ends the others at once."""
+def test_torchrun(tiny, tmp_path):
+    """The error gets through though another rank than the first meets it first, and torchrun ends all with that one.
+
+    Where the first meets it first, torchrun ends the others after it has said so: `test_ranks`.
+    """
     (tmp_path / "sitecustomize.py").write_text(
-        textwrap.dedent(f"""
+        textwrap.dedent("""
         import os, time
-        if os.environ.get("RANK") == "{slow_rank}":
+        if os.environ.get("RANK") == "0":
             time.sleep(3)
         """)
     )
@@ -621,21 +671,22 @@ def test_torchrun(tiny, tmp_path, slow_rank):
 
 
 @pytest.mark.parametrize(
-    ("slurm", "message"),
+    ("how", "slurm", "message"),
     [
-        ({"PROCID": "one"}, "SLURM_PROCID: no number"),
-        ({"LOCALID": ""}, "SLURM_LOCALID: no number"),
-        ({"PROCID": "2"}, "SLURM_PROCID: rank 2 of 2 tasks"),
-        ({"JOB_NODELIST": ""}, "SLURM_JOB_NODELIST: not in the environment"),
+        ("run", {"PROCID": "one"}, "SLURM_PROCID: no number"),
+        ("run_here", {"LOCALID": ""}, "SLURM_LOCALID: no number"),
+        ("run_here", {"PROCID": "2"}, "SLURM_PROCID: rank 2 of 2 tasks"),
+        ("run_here", {"JOB_NODELIST": ""}, "SLURM_JOB_NODELIST: not in the environment"),
     ],
 )
-def test_variables_of_slurm_that_say_nothing(start, tmp_path, slurm, message):
+def test_variables_of_slurm_that_say_nothing(request, tmp_path, how, slurm, message):
     good = {"JOB_ID": "1", "NTASKS": "2", "PROCID": "0", "LOCALID": "0", "JOB_NODELIST": "n1"}
-    line = refuse(start, tmp_path / "run", **{f"SLURM_{name}": value for name, value in (good | slurm).items()})
+    run = request.getfixturevalue(how)
+    line = refuse(run, tmp_path / "run", **{f"SLURM_{name}": value for name, value in (good | slurm).items()})
     assert message in line
 
 
-def test_traceback_on_request(start, tmp_path):
-    result = start(tmp_path / "run", "steps=0", LINGUA_TRACEBACK="1").finish()
+def test_traceback_on_request(run_here, tmp_path):
+    result = run_here(tmp_path / "run", "steps=0", LINGUA_TRACEBACK="1")
     assert result.code != 0
     assert "Traceback" in result.err

@@ -23,11 +23,11 @@ def bad_corpus(corpus, tmp_path):
     return tmp_path / "data"
 
 
-def test_run_that_skips(start, bad_corpus, tmp_path):
+def test_run_that_skips(run_here, bad_corpus, tmp_path):
     keys = [f"data.root_dir={bad_corpus}", "data.on_error=skip", "optim.scheduler=constant"]
-    start(tmp_path / "whole", *keys, "steps=30").finish().ok()
-    start(tmp_path / "parts", *keys, "steps=17").finish().ok()
-    start(tmp_path / "parts", *keys, "steps=30").finish().ok()
+    run_here(tmp_path / "whole", *keys, "steps=30").ok()
+    run_here(tmp_path / "parts", *keys, "steps=17").ok()
+    run_here(tmp_path / "parts", *keys, "steps=30").ok()
     assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
     skipped = [line["data/skipped"] for line in read_metrics(tmp_path / "whole")]
     assert skipped == [line["data/skipped"] for line in read_metrics(tmp_path / "parts")]

@@ -122,7 +122,7 @@ def test_disk_that_becomes_read_only(start, tmp_path):
 
 
 @pytest.mark.parametrize("fate", ["deleted", "moved away"])
-def test_dump_dir_that_is_gone(start, tmp_path, fate):
+def test_dump_dir_that_is_gone(start, run_here, tmp_path, fate):
     """It is made again, with what comes after that; of what was moved away the checkpoint is whole."""
     dump_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run = start(dump_dir, "steps=1000000", "checkpoint.dump.every=30")
@@ -140,7 +140,7 @@ def test_dump_dir_that_is_gone(start, tmp_path, fate):
     if fate == "moved away":
         shutil.rmtree(dump_dir)
         last = list_steps(elsewhere)[-1]
-        result = start(elsewhere, f"steps={last + 1}").finish().ok()
+        result = run_here(elsewhere, f"steps={last + 1}").ok()
         assert f"starting at step {last} of" in result.out
 
 

@@ -16,7 +16,7 @@ from lingua.checkpoint import consolidate_checkpoints
 from lingua.metrics import drop_metrics_after
 from lingua.transformer import cross_entropy
 from tests.helpers.evaluation import TEXTS, write_run
-from tests.helpers.training import run_command
+from tests.helpers.training import run_command, start_ranks, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -115,18 +115,18 @@ def test_other_sources_and_max_steps(checkpoint, tmp_path):
     assert alone["words"]["loss"] == pytest.approx(results[str(other)]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("max_steps", [None, 2])
-def test_ranks_share_the_work(checkpoint, tmp_path, max_steps):
+@pytest.mark.parametrize(("max_steps", "how"), [(None, "torchrun"), (2, "forked")])
+def test_ranks_share_the_work(checkpoint, tmp_path, max_steps, how):
     """To the last digit: 2 ranks, each document once, the same batches."""
     one = validate(checkpoint, tmp_path, max_steps=max_steps)
-    two = run_command(
-        [
-            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
-            *(f"ckpt_dir={checkpoint}", f"dump_dir={tmp_path}/two", f"metric_log_dir={tmp_path}/two"),
-            *("generator.dtype=fp32", "generator.device=cpu"),
-            f"validation.max_steps={'null' if max_steps is None else max_steps}",
-        ]
-    ).ok()
+    argv = [f"ckpt_dir={checkpoint}", f"dump_dir={tmp_path}/two", f"metric_log_dir={tmp_path}/two"]
+    argv += ["generator.dtype=fp32", "generator.device=cpu"]
+    argv += [f"validation.max_steps={'null' if max_steps is None else max_steps}"]
+    if how == "torchrun":
+        two = run_command(torchrun(2, argv, "apps.main.eval")).ok()
+    else:
+        ranks = start_ranks(2, argv, tmp_path, module="apps.main.eval")
+        two, *_ = [rank.finish().ok() for rank in ranks]
     assert json.loads((tmp_path / "two" / "validation.json").read_text()) == one
     assert len(read_lines(tmp_path / "two" / "metrics.validation.jsonl")) == 1
     assert two.out.count("words: loss") == 1

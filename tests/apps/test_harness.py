@@ -1,23 +1,30 @@
-"""lm-eval's tasks: every request against a plain forward pass, several ranks against one, and during training."""
+"""lm-eval's tasks: every request against a plain forward pass, several ranks against one, and during training.
+
+lm-eval takes seconds to import: functions do, so that the collection of the tests does not.
+"""
 
 import json
 
-import lm_eval
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
-from apps.main import harness
 from apps.main.eval import EvalArgs, launch_eval
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator, load_consolidated_model_and_tokenizer
-from apps.main.harness import LinguaLM, SharedGenerator, generation_args
 from apps.main.hf import export_hf
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
 from lingua.tokenizer import build_tokenizer
 from tests.helpers.evaluation import NAMES, facts_config, small_model, write_facts
-from tests.helpers.training import Training, list_steps, read_losses, run_command, start_ranks, write_config
+from tests.helpers.training import (
+    Training,
+    list_steps,
+    read_losses,
+    run_command,
+    run_in_process,
+    start_ranks,
+    torchrun,
+    write_config,
+)
 
 TASKS = ["facts_gen", "facts_choice", "facts_text"]
 
@@ -30,7 +37,7 @@ def world(tmp_path_factory):
     config = facts_config(data, folder / "run")
     config["eval"] = {"generator": {"max_tokens": 300}, "harness": {"tasks": TASKS, "include_path": str(tasks)}}
     file = write_config(folder / "train.yaml", config)
-    result = Training([f"config={file}"], folder).finish().ok()
+    result = run_in_process([f"config={file}"], folder).ok()
     return folder, tasks, folder / "run", result
 
 
@@ -53,12 +60,16 @@ def numbers(results):
 
 
 def make_lm(model, add_bos=True, **arguments):
+    from apps.main.harness import LinguaLM, SharedGenerator
+
     args = GeneratorArgs(**({"dtype": "fp32", "device": "cpu", "max_gen_len": 8} | arguments))
     generator = PackedCausalTransformerGenerator(args, model, build_tokenizer("bytes"), add_bos)
     return LinguaLM(SharedGenerator(generator))
 
 
 def ask(method, *arguments):
+    from lm_eval.api.instance import Instance
+
     return method([Instance("loglikelihood", {}, a, i) for i, a in enumerate(arguments)])
 
 
@@ -153,12 +164,16 @@ def test_requests_with_differing_arguments():
     ],
 )
 def test_what_a_task_says_of_generation(given, expected):
+    from apps.main.harness import generation_args
+
     args = generation_args(GeneratorArgs(max_gen_len=8, until=["U"], temperature=0.5, top_p=0.5), given)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(("given", "key"), [({"num_beams": 4}, "num_beams"), ({"temperature": -1}, "temperature")])
 def test_generation_that_is_not_supported(given, key):
+    from apps.main.harness import generation_args
+
     with pytest.raises(ValueError, match=f"generation_kwargs.{key}: "):
         generation_args(GeneratorArgs(), given)
 
@@ -179,12 +194,9 @@ def test_a_trained_model_knows_the_facts_wherever_it_is_asked(world, tmp_path):
     questions = [json.loads(line) for line in (tasks / "facts.jsonl").read_text().splitlines()]
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Q: {q['question']}\nA:"}) + "\n" for q in questions))
-    run_command(
-        [
-            *("apps.main.generate", f"ckpt={checkpoint}", f"prompt_file={prompts}", f"out={out}"),
-            *('until=["\\n"]', "max_gen_len=12", "dtype=fp32", "device=cpu"),
-        ]
-    ).ok()
+    arguments = [f"ckpt={checkpoint}", f"prompt_file={prompts}", f"out={out}"]
+    arguments += ['until=["\\n"]', "max_gen_len=12", "dtype=fp32", "device=cpu"]
+    run_command(["apps.main.generate", *arguments]).ok()
     answers = [json.loads(line)["text"] for line in out.read_text().splitlines()]
     right = [answer == f" {q['answer']}" for answer, q in zip(answers, questions, strict=True)]
     assert sum(right) / len(NAMES) == trained["facts_gen"]["exact_match,none"]
@@ -205,25 +217,32 @@ def test_a_trained_model_knows_the_facts_wherever_it_is_asked(world, tmp_path):
 
 def test_ranks_share_the_work(world, tmp_path):
     """2 ranks under torchrun write the numbers of one process, to the last digit."""
+    from apps.main.harness import to_json
+
     _, tasks, run, _ = world
     checkpoint = run / "checkpoints" / "0000000060"
     one = evaluate(checkpoint, tmp_path / "one", tasks)
     harness_args = json.dumps({"tasks": TASKS, "include_path": str(tasks), "bootstrap_iters": 100})
-    result = run_command(
-        [
-            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
-            *(f"ckpt_dir={checkpoint}", f"dump_dir={tmp_path}/two", f"metric_log_dir={tmp_path}/two"),
-            *("generator.dtype=fp32", "generator.device=cpu", "generator.max_tokens=300"),
-            *("validation=null", f"harness={harness_args}"),
-        ]
-    ).ok()
+    argv = [f"ckpt_dir={checkpoint}", f"dump_dir={tmp_path}/two", f"metric_log_dir={tmp_path}/two"]
+    argv += ["generator.dtype=fp32", "generator.device=cpu", "generator.max_tokens=300"]
+    argv += ["validation=null", f"harness={harness_args}"]
+    result = run_command(torchrun(2, argv, "apps.main.eval")).ok()
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["results"] == one["results"]
-    assert two["samples"] == json.loads(harness.to_json(one["samples"]))
+    assert two["samples"] == json.loads(to_json(one["samples"]))
     assert result.out.count("|facts_gen") == 1
     line = json.loads((tmp_path / "two" / "metrics.eval.jsonl").read_text())
     assert line["global_step"] == 60
     assert line["facts_choice"]["acc,none"] == one["results"]["facts_choice"]["acc,none"]
+
+
+def errors_of_two_ranks(checkpoint, folder, harness_args):
+    """Of an evaluation that fails on all ranks: all lines on stderr, from which a library's warnings are left out."""
+    argv = [f"ckpt_dir={checkpoint}", f"dump_dir={folder}/two", "validation=null"]
+    argv += ["generator.dtype=fp32", "generator.device=cpu", f"harness={harness_args}"]
+    results = [rank.finish() for rank in start_ranks(2, argv, folder, module="apps.main.eval")]
+    assert all(result.code != 0 for result in results)
+    return [line for result in results for line in result.err.splitlines() if line.startswith("error: ")]
 
 
 def test_an_error_of_one_rank_ends_all(world, tmp_path):
@@ -233,15 +252,7 @@ def test_an_error_of_one_rank_ends_all(world, tmp_path):
     text = (tasks / "facts_gen.yaml").read_text().replace("max_gen_toks: 12", "max_gen_toks: 1200")
     (tmp_path / "tasks" / "long.yaml").write_text(text.replace("task: facts_gen", "task: long"))
     harness_args = json.dumps({"tasks": ["long"], "include_path": str(tmp_path / "tasks")})
-    result = run_command(
-        [
-            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
-            *(f"ckpt_dir={run}/checkpoints/0000000060", f"dump_dir={tmp_path}/two", "validation=null"),
-            *("generator.dtype=fp32", "generator.device=cpu", f"harness={harness_args}"),
-        ]
-    )
-    assert result.code != 0
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    errors = errors_of_two_ranks(run / "checkpoints" / "0000000060", tmp_path, harness_args)
     assert len(errors) == 1
     assert "max_gen_len: 1200 tokens leave no room for a prompt in the model's max_seqlen=96" in errors[0]
     assert not (tmp_path / "two").exists()
@@ -282,7 +293,9 @@ def test_a_task_that_fails_ends_in_one_line(world, tmp_path):
 def test_lm_evals_own_backend_says_the_same_of_the_exported_model(world, tmp_path, monkeypatch, kind):
     """Multiple choice, generation with stop strings, rolling perplexity; nothing is asked of a hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     _, tasks, run, _ = world
     checkpoint = run / "checkpoints" / "0000000060"
@@ -346,15 +359,7 @@ def test_a_task_that_exits_ends_in_one_line_on_all_ranks(world, tmp_path):
         tmp_path / "t", "choice_exit", tasks, "aggregation: mean", "aggregation: !function code.mean", code
     )
     harness_args = json.dumps({"tasks": ["choice_exit"], "include_path": str(mine)})
-    result = run_command(
-        [
-            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "apps.main.eval"),
-            *(f"ckpt_dir={run}/checkpoints/0000000060", f"dump_dir={tmp_path}/two", "validation=null"),
-            *("generator.dtype=fp32", "generator.device=cpu", f"harness={harness_args}"),
-        ]
-    )
-    assert result.code != 0
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    errors = errors_of_two_ranks(run / "checkpoints" / "0000000060", tmp_path, harness_args)
     assert errors == ["error: harness.tasks: lm-eval failed (SystemExit: 3)"]
 
 
@@ -382,7 +387,7 @@ def test_training_is_not_disturbed(world, tmp_path):
     """The same losses, to the last bit, with evaluation and without."""
     folder, _, run, result = world
     config = facts_config(folder / "data", tmp_path / "run")
-    Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().ok()
+    run_in_process([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).ok()
     assert read_losses(tmp_path / "run") == read_losses(run)
     assert list_steps(run) == [60, 120]
     assert sorted(path.name for path in (run / "evals").iterdir()) == ["0000000060", "0000000120"]
@@ -421,7 +426,7 @@ def test_an_evaluation_that_fails_does_not_end_training(world, tmp_path):
     (broken / "gone.yaml").write_text(text.replace("task: facts_gen", "task: gone"))
     config = facts_config(folder / "data", tmp_path / "run")
     config["eval"] = {"harness": {"tasks": ["gone"], "include_path": str(broken)}}
-    result = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().ok()
+    result = run_in_process([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).ok()
     assert result.err.count("could not be evaluated: ") == 2
     assert "done: 120 steps" in result.out
     assert read_losses(tmp_path / "run") == read_losses(run)
@@ -450,11 +455,11 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(world, tmp_path):
     assert "evaluation of step 20 ended by SIGTERM" in out
     assert not (tmp_path / "run" / "evals").exists()
     (slow / "facts.jsonl").write_text((tasks / "facts.jsonl").read_text())
-    again = Training(arguments, tmp_path).finish().ok().out
+    again = run_in_process(arguments, tmp_path).ok().out
     assert "all 20 steps are done" in again
     assert "evaluating step 20" in again
     assert (tmp_path / "run" / "evals" / "0000000020" / "results.json").exists()
-    third = Training(arguments, tmp_path).finish().ok().out
+    third = run_in_process(arguments, tmp_path).ok().out
     assert "nothing to do" in third
     assert "evaluating" not in third
 
@@ -474,7 +479,7 @@ def test_a_section_eval_that_cannot_work_ends_before_anything_is_written(world, 
     folder, tasks, _, _ = world
     config = facts_config(folder / "data", tmp_path / "run")
     config["eval"] = json.loads(json.dumps(section).replace("TASKS", str(tasks)))
-    line = Training([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).finish().the_error()
+    line = run_in_process([f"config={write_config(tmp_path / 'c.yaml', config)}"], tmp_path).the_error()
     assert message in line
     assert not (tmp_path / "run").exists()
 
@@ -507,5 +512,5 @@ def test_jobs_of_their_own_need_slurm(world, tmp_path):
     folder, _, _, _ = world
     config = facts_config(folder / "data", tmp_path / "run") | {"async_eval_gpus": 8, "eval": {}}
     config_file = write_config(tmp_path / "c.yaml", config)
-    line = Training([f"config={config_file}"], tmp_path, PATH="/nonexistent").finish().the_error()
+    line = run_in_process([f"config={config_file}"], tmp_path, PATH="/nonexistent").the_error()
     assert "async_eval_gpus: set, but there is no sbatch on this machine" in line

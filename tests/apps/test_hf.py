@@ -1,4 +1,7 @@
-"""To Hugging Face's format and back, on small random models; transformers itself judges."""
+"""To Hugging Face's format and back, on small random models; transformers itself judges.
+
+transformers takes seconds to import: functions do, so that the collection of the tests does not.
+"""
 
 import base64
 import dataclasses
@@ -7,8 +10,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers looks
@@ -17,9 +18,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from apps.main import hf
 from apps.main.generate import load_consolidated_model_and_tokenizer
@@ -33,6 +32,7 @@ from lingua.optim import OptimArgs, build_optimizer
 from lingua.product_key.memory import ProductKeyArgs
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from lingua.transformer import hidden_size
+from tests.helpers.training import run_command, run_in_process
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"dim": 48, "n_layers": 4, "n_heads": 4, "vocab_size": 264, "max_seqlen": 64, "rope_theta": 50000.0}
@@ -85,11 +85,19 @@ def write_checkpoint(folder, args, data=None):
 
 
 def load_hf(folder, **options):
-    model, info = AutoModelForCausalLM.from_pretrained(
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True, **options
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def load_tokenizer(folder, **options):
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder, **options)
 
 
 def some_tokens(n_words=258, shape=(2, 40)):
@@ -215,7 +223,7 @@ def test_gradients_of_an_exported_memory(exported, name):
 def test_generation_is_ours(exported, name):
     """With transformers' cache, and prompts of different lengths filled up on the left."""
     folder, model, _ = exported(name)
-    loaded, tokenizer = load_hf(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    loaded, tokenizer = load_hf(folder), load_tokenizer(folder, trust_remote_code=False)
     prompts = ["a", "import os", "näive  text, longer than the others"]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     assert batch["attention_mask"][0, 0] == 0
@@ -256,6 +264,8 @@ def test_golden_models(file, tmp_path):
 
 def llama(folder, max_shard_size="5GB", **changes):
     """A random Llama as transformers writes it."""
+    import transformers
+
     settings = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -268,7 +278,7 @@ def llama(folder, max_shard_size="5GB", **changes):
         "initializer_range": 0.2,
     }
     torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes)).eval()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder, model
 
@@ -299,9 +309,11 @@ def test_imported_logits(tmp_path, changes, shard):
 
 
 def test_imported_sliding_window(tmp_path):
+    import transformers
+
     settings = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "initializer_range": 0.2}
-    theirs = transformers.MistralForCausalLM(MistralConfig(**settings, max_position_embeddings=64)).eval()
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**settings, max_position_embeddings=64)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same_logits(theirs, imported_model(import_hf(tmp_path / "theirs", tmp_path / "ours")), some_tokens(300))
 
@@ -451,7 +463,7 @@ def with_tokenizer(tmp_path_factory):
 @pytest.mark.parametrize("name", TOKENIZER_FILES)
 def test_exported_tokenizer(with_tokenizer, name):
     folder, ours = with_tokenizer(name)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = load_tokenizer(folder)
     has_bos = ours.bos_id >= 0
     for text in [*TEXTS, *(prose(seed, 25) for seed in range(20))]:
         ids = ours.encode(text, add_bos=has_bos)
@@ -463,12 +475,12 @@ def test_exported_tokenizer(with_tokenizer, name):
     assert theirs.eos_token_id == theirs.pad_token_id == ours.eos_id
     assert theirs.decode([*ids, ours.eos_id], skip_special_tokens=True) == ours.decode(ids)
     theirs.save_pretrained(folder.parent / "again")
-    assert AutoTokenizer.from_pretrained(folder.parent / "again").encode(TEXTS[7]) == theirs.encode(TEXTS[7])
+    assert load_tokenizer(folder.parent / "again").encode(TEXTS[7]) == theirs.encode(TEXTS[7])
 
 
 def test_without_bos(with_tokenizer):
     folder, ours = with_tokenizer("bytes", add_bos=False)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = load_tokenizer(folder)
     assert theirs.bos_token is None
     assert theirs.encode("ab") == [97, 98]
     assert (
@@ -641,35 +653,22 @@ def test_nothing_is_left_of_what_cannot_be_written(exported, tmp_path, monkeypat
         assert list(tmp_path.iterdir()) == []
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "apps.main.hf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-
-
 def test_command(exported, tmp_path):
     _, model, checkpoint = exported("grouped")
-    done = run("export", f"ckpt_dir={checkpoint}", f"out_dir={tmp_path}/hf")
-    assert done.returncode == 0, done.stderr
-    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/hf')" in done.stdout
-    done = run(
-        "import",
-        f"hf_dir={tmp_path}/hf",
-        f"out_dir={tmp_path}/ours",
-        "productkey_args.is_enabled=true",
-        'productkey_args.layers="1,3"',
-        "productkey_args.mem_n_keys=8",
-        "productkey_args.mem_knn=4",
-        "seed=3",
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_in_process(["export", f"ckpt_dir={checkpoint}", f"out_dir={tmp_path}/hf"], tmp_path, "apps.main.hf").ok()
+    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/hf')" in done.out
+    memory = ["is_enabled=true", 'layers="1,3"', "mem_n_keys=8", "mem_knn=4"]
+    arguments = [f"hf_dir={tmp_path}/hf", f"out_dir={tmp_path}/ours", "seed=3"]
+    arguments += [f"productkey_args.{key}" for key in memory]
+    run_in_process(["import", *arguments], tmp_path, "apps.main.hf").ok()
     imported = imported_model(tmp_path / "ours")
     assert sorted(imported.memories()) == [1, 3]
     assert torch.equal(imported.output.weight, model.output.weight)
 
 
-def test_wrong_first_word():
-    for arguments, word in ((["exprot"], "exprot"), ([], "nothing")):
-        done = run(*arguments)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"error: the first word is {word}, wanted export or import")
-        assert done.stderr.count("\n") == 1
+def test_wrong_first_word(tmp_path):
+    """The second one of a process, as users start it."""
+    misspelled = run_in_process(["exprot"], tmp_path, "apps.main.hf")
+    missing = run_command(["apps.main.hf"])
+    for result, word in ((misspelled, "exprot"), (missing, "nothing")):
+        assert result.the_error().startswith(f"error: the first word is {word}, wanted export or import")

@@ -15,16 +15,16 @@ def read_probe(dump_dir, rank=0):
     return [json.loads(line) for line in (dump_dir / "probe" / f"probe.{rank}.jsonl").read_text().splitlines()]
 
 
-def test_losses_are_those_of_a_run_without(start, tmp_path):
+def test_losses_are_those_of_a_run_without(run_here, tmp_path):
     """With two batches a step; stopped and started again in between, from a checkpoint before the last probe."""
     run = tmp_path / "run"
-    assert start(run, PROBE, "steps=12", "optim.scheduler=constant").finish().ok().err == ""
+    assert run_here(run, PROBE, "steps=12", "optim.scheduler=constant").ok().err == ""
     assert [record["global_step"] for record in read_probe(run)][-1] == 12
     shutil.rmtree(run / "checkpoints" / "0000000012")
-    result = start(run, PROBE, "steps=20", "optim.scheduler=constant").finish().ok()
+    result = run_here(run, PROBE, "steps=20", "optim.scheduler=constant").ok()
     assert result.err == ""
     assert "probe of step 16: " in result.out
-    assert start(tmp_path / "plain", "steps=20", "optim.scheduler=constant").finish().ok().err == ""
+    assert run_here(tmp_path / "plain", "steps=20", "optim.scheduler=constant").ok().err == ""
     assert read_losses(run) == read_losses(tmp_path / "plain")
     steps = collections.Counter(record["global_step"] for record in read_probe(run))
     assert list(steps) == [4, 8, 12, 16, 20]

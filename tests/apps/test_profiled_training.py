@@ -16,11 +16,9 @@ def names(dump_dir):
     return sorted(path.name for path in (dump_dir / "profiling").iterdir())
 
 
-def test_losses_are_those_of_a_run_without_it(start, tmp_path):
-    plain = start(tmp_path / "plain", "steps=6")
-    watched = start(tmp_path / "watched", "steps=6", *WATCHED)
-    plain.finish().ok()
-    result = watched.finish().ok()
+def test_losses_are_those_of_a_run_without_it(start, run_here, tmp_path):
+    run_here(tmp_path / "plain", "steps=6").ok()
+    result = start(tmp_path / "watched", "steps=6", *WATCHED).finish().ok()
     assert result.err == ""
     assert read_losses(tmp_path / "watched") == read_losses(tmp_path / "plain")
     stem = "0000000004-0000000005.rank_0"

@@ -53,24 +53,24 @@ def test_the_loader_ends_with_its_trainer(start, tmp_path):
     wait_until(lambda: not loader.is_running() or loader.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_leftover_of_a_half_written_checkpoint(start, reference, tmp_path):
+def test_leftover_of_a_half_written_checkpoint(run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
-    copy_run(reference, dump_dir, last=10)
-    half = dump_dir / "checkpoints" / ".0000000015.tmp"
-    shutil.copytree(reference / "checkpoints" / "0000000015", half)
+    copy_run(reference, dump_dir, last=40)
+    half = dump_dir / "checkpoints" / ".0000000045.tmp"
+    shutil.copytree(reference / "checkpoints" / "0000000045", half)
     file = half / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     (half / ".metadata").unlink()
     shutil.copytree(half, dump_dir / "checkpoints" / ".0000000005.old")
 
-    result = start(dump_dir).finish().ok()
-    assert "starting at step 10 of 60" in result.out
+    result = run_here(dump_dir).ok()
+    assert "starting at step 40 of 60" in result.out
     assert_same_end(dump_dir, reference)
     assert list_steps(dump_dir) == list(range(5, 65, 5))
 
 
 @pytest.mark.parametrize("damage", ["shortened", "missing", "flipped"])
-def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
+def test_damaged_newest_checkpoint(run_here, reference, tmp_path, damage):
     dump_dir = tmp_path / "run"
     copy_run(reference, dump_dir, last=45)
     file = dump_dir / "checkpoints" / "0000000045" / "__0_0.distcp"
@@ -82,7 +82,7 @@ def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
         place = len(content) // 2
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
 
-    result = start(dump_dir).finish().ok()
+    result = run_here(dump_dir).ok()
     assert "passing over the checkpoint" in result.out
     assert "starting at step 40 of 60" in result.out
     (dump_dir / "checkpoints" / "0000000045.damaged").rename(tmp_path / "kept")
@@ -91,7 +91,7 @@ def test_damaged_newest_checkpoint(start, reference, tmp_path, damage):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_signal(start, reference, tmp_path, number):
+def test_signal(start, run_here, reference, tmp_path, number):
     dump_dir = tmp_path / "run"
     keys = ("checkpoint.dump.every=1000",)
     for goal in (7, 31):
@@ -106,11 +106,11 @@ def test_signal(start, reference, tmp_path, number):
         assert f"stopped after step {stopped} by {number.name}" in result.out
         assert goal <= stopped < 60
         assert list_steps(dump_dir)[-1] == stopped
-    start(dump_dir, *keys).finish().ok()
+    run_here(dump_dir, *keys).ok()
     assert_same_end(dump_dir, reference)
 
 
-def test_interrupted_from_the_keyboard(start, reference, tmp_path):
+def test_interrupted_from_the_keyboard(start, run_here, reference, tmp_path):
     """The first Ctrl-C is answered by a line, and a checkpoint of the last step."""
     dump_dir = tmp_path / "run"
     run = start(dump_dir, "checkpoint.dump.every=20")
@@ -123,11 +123,11 @@ def test_interrupted_from_the_keyboard(start, reference, tmp_path):
     assert result.out.count("Ctrl-C: ending after this step, with a checkpoint where that takes seconds") == 1
     assert f"stopped after step {stopped} by SIGINT" in result.out
     assert list_steps(dump_dir) == [20, stopped]
-    start(dump_dir, "checkpoint.dump.every=20").finish().ok()
+    run_here(dump_dir, "checkpoint.dump.every=20").ok()
     assert_same_end(dump_dir, reference)
 
 
-def test_interrupted_twice(start, reference, tmp_path):
+def test_interrupted_twice(start, run_here, reference, tmp_path):
     """It is gone at once, in the midst of writing a checkpoint; the newest one is there to go on from."""
     dump_dir = tmp_path / "run"
     hold = Hold(tmp_path / "hold", r"open .*/\.0000000040\.tmp/params\.json")
@@ -140,7 +140,7 @@ def test_interrupted_twice(start, reference, tmp_path):
     assert (result.code, result.err) == (130, "")
     assert find_damage(dump_dir / "checkpoints" / "0000000020") is None
     assert not (dump_dir / "checkpoints" / "0000000040").exists()
-    start(dump_dir, "checkpoint.dump.every=20").finish().ok()
+    run_here(dump_dir, "checkpoint.dump.every=20").ok()
     assert_same_end(dump_dir, reference)
 
 
@@ -156,46 +156,46 @@ def test_interrupted_before_the_first_step(start, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_checkpoints_elsewhere(start, reference, tmp_path):
+def test_checkpoints_elsewhere(start, run_here, reference, tmp_path):
     keys = [f"checkpoint.path={tmp_path / 'elsewhere' / 'checkpoints'}", "checkpoint.dump.every=50"]
     run = start(tmp_path / "run", *keys)
     assert run.wait_for(lambda: last_step(tmp_path / "run") >= 52)
     run.kill()
     run.finish()
-    start(tmp_path / "run", *keys).finish().ok()
+    run_here(tmp_path / "run", *keys).ok()
     assert computed(tmp_path / "run") == computed(reference)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert list_steps(tmp_path / "elsewhere") == [50, 60]
-    assert "all 60 steps are done" in start(tmp_path / "run", *keys).finish().ok().out
+    assert "all 60 steps are done" in run_here(tmp_path / "run", *keys).ok().out
 
 
-def test_signal_before_the_first_step(start, reference, tmp_path):
+def test_signal_before_the_first_step(start, run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
     run = start(dump_dir)
     assert run.wait_for(lambda: "filling the shuffle buffer" in run.out())
     run.kill(signal.SIGUSR2)
     assert "stopped after step 0 by SIGUSR2" in run.finish().ok().out
     assert not (dump_dir / "checkpoints").exists()
-    start(dump_dir).finish().ok()
+    run_here(dump_dir).ok()
     assert read_losses(dump_dir) == read_losses(reference)
 
 
-def test_all_steps_done(start, reference, tmp_path):
+def test_all_steps_done(run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
     shutil.copytree(reference, dump_dir)
     before = snapshot(dump_dir)
     for steps in (60, 30):
-        result = start(dump_dir, f"steps={steps}").finish().ok()
+        result = run_here(dump_dir, f"steps={steps}").ok()
         assert f"all {steps} steps are done" in result.out
         assert "nothing to do; raise steps to train on, or name another dump_dir for another run" in result.out
         assert result.err == ""
     assert snapshot(dump_dir) == before
 
 
-def test_more_steps(start, reference, tmp_path):
+def test_more_steps(run_here, reference, tmp_path):
     dump_dir = tmp_path / "run"
     shutil.copytree(reference, dump_dir)
-    result = start(dump_dir, "steps=67").finish().ok()
+    result = run_here(dump_dir, "steps=67").ok()
     assert "the learning rate of step 61 is 0.00128, and was to be 0.001 by the checkpoint's config" in result.out
     losses = read_losses(dump_dir)
     assert losses[:60] == read_losses(reference)
@@ -203,15 +203,15 @@ def test_more_steps(start, reference, tmp_path):
     assert list_steps(dump_dir) == [*range(5, 70, 5), 67]
 
 
-def test_lines_within_steps_appear_once(start, tmp_path):
+def test_lines_within_steps_appear_once(start, run_here, tmp_path):
     """`logging.acc_freq` writes lines between two steps; those past the newest checkpoint are computed again."""
     keys = ("logging.acc_freq=1", "grad_acc_steps=3", "steps=20", "checkpoint.dump.every=6")
-    start(tmp_path / "whole", *keys).finish().ok()
+    run_here(tmp_path / "whole", *keys).ok()
     run = start(tmp_path / "killed", *keys)
     assert run.wait_for(lambda: last_step(tmp_path / "killed") >= 9)
     run.kill()
     run.finish()
-    start(tmp_path / "killed", *keys).finish().ok()
+    run_here(tmp_path / "killed", *keys).ok()
 
     whole, killed = (
         [(line["global_step"], line["acc_step"], line["loss/out"]) for line in read_metrics(tmp_path / name)]
@@ -223,12 +223,12 @@ def test_lines_within_steps_appear_once(start, tmp_path):
     assert killed == whole
 
 
-def test_memory_in_bf16(start, tmp_path):
+def test_memory_in_bf16(run_here, tmp_path):
     """The default number format keeps the tables and their moments in bf16: they come back as they were, too."""
     keys = ("distributed.model_dtype=bf16", "steps=16", "checkpoint.dump.every=6")
-    start(tmp_path / "whole", *keys).finish().ok()
-    start(tmp_path / "resumed", *keys).finish().ok()
+    run_here(tmp_path / "whole", *keys).ok()
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     for step in (12, 16):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{step:010d}")
-    start(tmp_path / "resumed", *keys).finish().ok()
+    run_here(tmp_path / "resumed", *keys).ok()
     assert computed(tmp_path / "resumed") == computed(tmp_path / "whole")

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lingua.checkpoint import find_damage, find_damaged_json, read_metadata
-from tests.helpers.training import Hold, last_step, list_steps, read_losses, start_ranks
+from tests.helpers.training import Hold, last_step, list_steps, read_losses, run_in_process, start_ranks
 
 ASYNC = "checkpoint.save_async=true"
 STEPS = 20
@@ -40,8 +40,7 @@ def start_group(tiny, tmp_path):
 def whole(tiny, pair, tmp_path_factory):
     """By number of ranks, what an uninterrupted run left that waits for its checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
-    (alone,) = start_ranks(1, [f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}"], folder)
-    alone.finish().ok()
+    run_in_process([f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}"], folder).ok()
     return {1: folder / "run", 2: pair}
 
 

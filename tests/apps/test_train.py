@@ -18,15 +18,18 @@ from lingua.args import parse_args
 from lingua.checkpoint import consolidate_checkpoints, load_model, read_consolidated
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from tests.helpers.training import (
-    Training,
     last_step,
     list_steps,
     read_losses,
     read_metrics,
     run_command,
+    run_in_process,
     snapshot,
     write_config,
 )
+
+# Where only losses are compared: a checkpoint takes as long as three steps.
+AT_THE_END = "checkpoint.dump.every=60"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,7 @@ def one_thread():
 
 def test_the_command_itself(tiny, reference, tmp_path):
     """Started from nothing, as users do, it does what the forked processes of the other tests do."""
-    result = run_command(["apps.main.train", f"config={tiny}", f"dump_dir={tmp_path / 'run'}"]).ok()
+    result = run_command(["apps.main.train", f"config={tiny}", f"dump_dir={tmp_path / 'run'}", AT_THE_END]).ok()
     assert result.err == ""
     assert result.out.splitlines()[-1].endswith("done: 60 steps")
     assert read_losses(tmp_path / "run") == read_losses(reference)
@@ -98,25 +101,25 @@ def test_log_lines(reference):
     assert any("parameters: " in line and "8,192 in memory values" in line for line in lines)
 
 
-def test_log_is_what_is_shown(start, tmp_path):
+def test_log_is_what_is_shown(run_here, tmp_path):
     """train.log holds what the terminal showed, and a second start adds to it."""
-    shown = start(tmp_path / "run", "steps=2").finish().ok().out.splitlines()
+    shown = run_here(tmp_path / "run", "steps=2").ok().out.splitlines()
     log = (tmp_path / "run" / "train.log").read_text().splitlines()
     assert log == shown[-len(log) :]
-    start(tmp_path / "run", "steps=4").finish().ok()
+    run_here(tmp_path / "run", "steps=4").ok()
     assert (tmp_path / "run" / "train.log").read_text().splitlines()[: len(log)] == log
 
 
-def test_lines_every_few_steps(start, reference, tmp_path):
+def test_lines_every_few_steps(run_here, reference, tmp_path):
     """Of the steps themselves, not means over several; the last step is always there."""
-    start(tmp_path / "run", "logging.freq=7").finish().ok()
+    run_here(tmp_path / "run", "logging.freq=7", AT_THE_END).ok()
     assert read_losses(tmp_path / "run") == [
         (step, loss) for step, loss in read_losses(reference) if step % 7 == 0 or step == 60
     ]
 
 
-def test_lines_within_a_step(start, tmp_path):
-    start(tmp_path / "run", "logging.acc_freq=2", "grad_acc_steps=5", "steps=3").finish().ok()
+def test_lines_within_a_step(run_here, tmp_path):
+    run_here(tmp_path / "run", "logging.acc_freq=2", "grad_acc_steps=5", "steps=3").ok()
     metrics = read_metrics(tmp_path / "run")
     places = [(line["global_step"], line["acc_step"]) for line in metrics]
     assert places == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (3, 0)]
@@ -124,19 +127,19 @@ def test_lines_within_a_step(start, tmp_path):
     assert [(int(step), int(acc)) for step, acc in re.findall(r"step: (\d+)  acc: (\d+)  loss: [\d.]+", log)] == places
 
 
-def test_number_of_batches_does_not_change_the_loss(start, tmp_path):
+def test_number_of_batches_does_not_change_the_loss(run_here, tmp_path):
     """Two batches of a step, or one of twice the size and the same rows: the same training."""
     data = ["data.load_async=false", "steps=12", "logging.freq=1"]
-    start(tmp_path / "two", "grad_acc_steps=2", "data.batch_size=2", "data.prefetch_size=8", *data).finish().ok()
-    start(tmp_path / "one", "grad_acc_steps=1", "data.batch_size=4", "data.prefetch_size=4", *data).finish().ok()
+    run_here(tmp_path / "two", "grad_acc_steps=2", "data.batch_size=2", "data.prefetch_size=8", *data).ok()
+    run_here(tmp_path / "one", "grad_acc_steps=1", "data.batch_size=4", "data.prefetch_size=4", *data).ok()
     two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
     for key in ("loss/out", "optim/grad_norm", "optim/value_grad_norm", "optim/total_tokens"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-3), key
 
 
-@pytest.mark.parametrize("arguments", [["data.load_async=false"], ["gc_collect_freq=10"], ["name=other", "seed=7"]])
-def test_what_must_not_change_the_loss(start, reference, tmp_path, arguments):
-    start(tmp_path / "run", *arguments).finish().ok()
+def test_what_must_not_change_the_loss(run_here, reference, tmp_path):
+    arguments = ["data.load_async=false", "gc_collect_freq=25", "name=other", "seed=7"]
+    run_here(tmp_path / "run", *arguments, AT_THE_END).ok()
     assert read_losses(tmp_path / "run") == read_losses(reference)
 
 
@@ -152,8 +155,7 @@ def test_config_is_saved_and_can_be_used_again(reference, tiny, tmp_path):
             assert saved[section].keys() >= values.keys()
         else:
             assert saved[section] == values
-    again = Training([f"config={reference / 'config.yaml'}", f"dump_dir={tmp_path / 'run'}"], tmp_path)
-    again.finish().ok()
+    run_in_process([f"config={reference / 'config.yaml'}", f"dump_dir={tmp_path / 'run'}"], tmp_path).ok()
     assert read_losses(tmp_path / "run") == read_losses(reference)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == {
         **saved,
@@ -168,15 +170,15 @@ def test_config_is_saved_and_can_be_used_again(reference, tiny, tmp_path):
 def test_odd_names_survive_in_the_config(corpus, tiny, tmp_path, name):
     """Words that YAML could take for something else."""
     config = yaml.safe_load(tiny.read_text()) | {"name": name, "steps": 1, "dump_dir": str(tmp_path / "run")}
-    Training([f"config={write_config(tmp_path / 'odd.yaml', config)}"], tmp_path).finish().ok()
+    run_in_process([f"config={write_config(tmp_path / 'odd.yaml', config)}"], tmp_path).ok()
     assert parse_args(TrainArgs, [f"config={tmp_path / 'run' / 'config.yaml'}"]).name == name
 
 
-def test_number_formats(start, tmp_path):
+def test_number_formats(run_here, tmp_path):
     """The tables are in bf16 unless everything is in fp32; all else is in fp32."""
     for dtype in ("bf16", "fp16"):
         folder = tmp_path / dtype
-        start(folder, "steps=12", f"distributed.model_dtype={dtype}").finish().ok()
+        run_here(folder, "steps=12", f"distributed.model_dtype={dtype}").ok()
         losses = read_losses(folder)
         assert losses[-1][1] < 0.8 * losses[0][1]
         shutil.copytree(folder / "checkpoints" / "0000000010", tmp_path / f"{dtype}.checkpoint")
@@ -225,7 +227,7 @@ def published_state(source):
     "form",
     ["distributed", "consolidated folder", "consolidated file", "published file", "published distributed"],
 )
-def test_initial_weights(start, reference, source, tmp_path, form):
+def test_initial_weights(run_here, reference, source, tmp_path, form):
     path = source
     if form.startswith("consolidated"):
         path = consolidate_checkpoints(source)
@@ -238,7 +240,7 @@ def test_initial_weights(start, reference, source, tmp_path, form):
         path = tmp_path / "published"
         dcp.save({"model": published_state(source)}, checkpoint_id=path, no_dist=True)
 
-    start(tmp_path / "run", f"checkpoint.init_ckpt_path={path}", "steps=3").finish().ok()
+    run_here(tmp_path / "run", f"checkpoint.init_ckpt_path={path}", "steps=3").ok()
 
     args = parse_args(TrainArgs, [f"config={reference / 'config.yaml'}"])
     model = LMTransformer(args.model)
@@ -253,24 +255,24 @@ def test_initial_weights(start, reference, source, tmp_path, form):
     assert read_metrics(tmp_path / "run")[0]["optim/lr"] == 0
 
 
-def test_a_run_of_its_own_goes_before_the_initial_weights(start, reference, source, tmp_path):
+def test_a_run_of_its_own_goes_before_the_initial_weights(start, run_here, reference, source, tmp_path):
     """Started again, it resumes, although `init_ckpt_path` still stands in the command."""
     keys = [f"checkpoint.init_ckpt_path={source}", "checkpoint.dump.every=3"]
-    start(tmp_path / "whole", *keys, "steps=9").finish().ok()
+    run_here(tmp_path / "whole", *keys, "steps=9").ok()
     run = start(tmp_path / "run", *keys, "steps=9")
     run.wait_for(lambda: (tmp_path / "run" / "checkpoints" / "0000000003").is_dir())
     run.kill()
     run.finish()
     assert list_steps(tmp_path / "run")[0] == 3
-    start(tmp_path / "run", *keys, "steps=9").finish().ok()
+    run_here(tmp_path / "run", *keys, "steps=9").ok()
     assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
 
 
-def test_training_continued_from_another_run(start, reference, source, tmp_path):
+def test_training_continued_from_another_run(run_here, reference, source, tmp_path):
     """Weights, optimizer, step and place in the data: it is the same run in another folder."""
     keys = [f"checkpoint.init_ckpt_path={source}", "checkpoint.continue_training_from_init=true"]
     before = snapshot(source)
-    start(tmp_path / "run", *keys, "steps=60").finish().ok()
+    run_here(tmp_path / "run", *keys, "steps=60").ok()
     assert read_losses(tmp_path / "run") == read_losses(reference)[30:]
     assert list_steps(tmp_path / "run") == [35, 40, 45, 50, 55, 60]
     assert snapshot(source) == before
@@ -375,7 +377,7 @@ def read_wandb_history(dump_dir):
 def test_wandb_offline(start, reference, tmp_path):
     """Its folder lies in dump_dir, one for each start, and holds the losses; a run goes on as without it."""
     dump_dir = tmp_path / "run"
-    keys = ["logging.wandb={project: x, mode: offline}", "name=orange-elephant"]
+    keys = ["logging.wandb={project: x, mode: offline}", "name=orange-elephant", "checkpoint.dump.every=10"]
     run = start(dump_dir, *keys, **at_home(tmp_path))
     assert run.wait_for(lambda: last_step(dump_dir) >= 12)
     run.kill()

@@ -1,11 +1,14 @@
-"""What the tests of training share: a small corpus, a small config, and ways to run training in processes of its own.
+"""What the tests of training share: a small corpus, a small config, and ways to run training.
 
-Importing torch takes seconds, so most processes are forked from a server that has done it (`Training`); `run_command`
-starts a command from nothing. Everything computes with one thread.
+What ends by itself runs in the test's process (`run_in_process`). Importing torch takes seconds, so processes are
+mostly forked from a server that has done it (`Training`); `run_command` starts a command from nothing. Everything
+computes with one thread.
 """
 
 import contextlib
+import importlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -33,6 +37,8 @@ PATIENCE = 240
 # Everything in metrics.jsonl that does not tell of times and of this machine.
 COMPUTED = ("global_step", "acc_step", "loss/out", "optim/grad_norm", "optim/value_grad_norm", "optim/lr")
 COMPUTED += ("optim/value_lr", "optim/total_tokens")
+
+TRAIN = "apps.main.train"
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -102,8 +108,8 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **variables}
 
 
-def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None:
-    """What a forked process does: the same as `python -m apps.main.train`."""
+def _train_here(argv: list[str], environment: dict[str, str], logs: str, module: str = TRAIN) -> None:
+    """What a forked process does: the same as `python -m module`."""
     for stream, name in ((1, "out"), (2, "err")):
         file = os.open(f"{logs}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)
@@ -116,7 +122,6 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
 
     import torch
 
-    from apps.main.train import main
     from lingua.distributed import run_main
     from tests.helpers import faults
 
@@ -125,8 +130,8 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str) -> None
         _wait_at(Path(environment["HOLD"]))
     if "FAULT" in environment:
         faults.inject(environment["FAULT"])
-    sys.argv = ["train.py", *argv]
-    run_main(main)
+    sys.argv = [module, *argv]
+    run_main(importlib.import_module(module).main)
 
 
 class Hold:
@@ -184,17 +189,19 @@ class Result:
 
 
 class Training:
-    """A training process forked from the server."""
+    """A process of training, or of another module's `main`, forked from the server."""
 
     _number = 0
 
-    def __init__(self, argv: list[object], logs: Path, **variables: str):
+    def __init__(self, argv: list[object], logs: Path, module: str = TRAIN, **variables: str):
         Training._number += 1
         self._logs = f"{logs / 'process'}.{Training._number}"
         PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
         arguments = [str(argument) for argument in argv]
         environment = clean_environment(**{"TMPDIR": str(logs), **variables})
-        self.process = PROCESSES.Process(target=_train_here, args=(arguments, environment, self._logs), daemon=True)
+        self.process = PROCESSES.Process(
+            target=_train_here, args=(arguments, environment, self._logs, module), daemon=True
+        )
         self.process.start()
 
     def finish(self) -> Result:
@@ -228,6 +235,44 @@ class Training:
         """Waits until `happened()` or the process's end; returns whether it is still there."""
         wait_until(lambda: self.process.exitcode is not None or happened())
         return self.process.exitcode is None
+
+
+def run_in_process(argv: list[object], logs: Path, module: str = TRAIN, **variables: str) -> Result:
+    """What `Training(argv, logs, module, **variables).finish()` gives, without a process: one rank, until it ends.
+
+    Environment, streams and log handlers are as before when it returns.
+    """
+    import torch.distributed as dist
+
+    from lingua.distributed import run_main
+
+    assert not dist.is_initialized(), "run_main would end this process"
+    environment = clean_environment(**{"TMPDIR": str(logs), **variables})
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    code = 0
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(tempfile.TemporaryFile("w+", buffering=1)) for _ in range(2)]
+        for fd, stream in enumerate(streams, start=1):
+            saved = os.dup(fd)
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, fd)
+            os.dup2(stream.fileno(), fd)
+        stack.enter_context(contextlib.redirect_stdout(streams[0]))
+        stack.enter_context(contextlib.redirect_stderr(streams[1]))
+        stack.enter_context(mock.patch.dict(os.environ, environment, clear=True))
+        stack.enter_context(mock.patch.object(sys, "argv", [module, *map(str, argv)]))
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", None))
+        try:
+            run_main(importlib.import_module(module).main)
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        finally:
+            root.handlers, root.level = handlers, level
+            logging.captureWarnings(False)
+        for stream in streams:
+            stream.seek(0)
+        return Result(code, *(stream.read() for stream in streams))
 
 
 def free_port() -> int:
@@ -273,9 +318,9 @@ def run_command(arguments: list[object], **variables: str) -> Result:
     return finish_command(start_command(arguments, **variables))
 
 
-def torchrun(n_ranks: int, argv: list[object]) -> list[object]:
+def torchrun(n_ranks: int, argv: list[object], module: str = TRAIN) -> list[object]:
     """Arguments for `start_command`. Standalone: a free port of its own, whatever else runs on the machine."""
-    return ["torch.distributed.run", "--standalone", "--nproc-per-node", n_ranks, "-m", "apps.main.train", *argv]
+    return ["torch.distributed.run", "--standalone", "--nproc-per-node", n_ranks, "-m", module, *argv]
 
 
 def wait_until(happened: Callable[[], object], pause: float = 0.005) -> None:

@@ -25,6 +25,7 @@ from tiktoken_ext import openai_public
 
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, build_tokenizer
 from tests.helpers.hub import Hub
+from tests.helpers.training import run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = "meta-llama/Meta-Llama-3-8B"
@@ -759,7 +760,8 @@ def test_long_work_says_so(train_script, corpus, tmp_path, monkeypatch, capsys):
         ("sp", ["good.jsonl", "--out", "data.bin"], "--out: 'data.bin' is a file, not a folder"),
     ],
 )
-def test_what_cannot_work_is_told_in_one_line(tmp_path, kind, arguments, said):
+def test_what_cannot_work_is_told_in_one_line(train_script, tmp_path, monkeypatch, capfd, kind, arguments, said):
+    """By `main` in this process; `test_the_largest_vocabulary_that_is_told_can_be_had` has such a line of a process."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "data.bin").write_text("")
     if arguments[0] != ".":
@@ -772,8 +774,14 @@ def test_what_cannot_work_is_told_in_one_line(tmp_path, kind, arguments, said):
         (tmp_path / "little.txt").write_text("a")
         write_jsonl(tmp_path / "good.jsonl", [prose(number, 50) for number in range(10)])
     before = everything_in(tmp_path)
-    message = one_line(train(tmp_path, kind, "--vocab_size", 600, "--out", "out", *arguments))
-    assert said in message
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", kind, "--vocab_size", "600", "--out", "out", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        train_script.main()
+    assert ended.value.code.startswith("train_tokenizer: ")
+    assert said in ended.value.code
+    assert "\n" not in ended.value.code
+    assert capfd.readouterr().err == ""
     assert everything_in(tmp_path) == before
 
 
@@ -793,7 +801,7 @@ def test_a_missing_tokenizers_package_is_told(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("sp", 420), ("tiktoken", 640)])
-def test_a_model_trains_with_it(corpus, tmp_path, kind, vocab_size):
+def test_a_model_trains_with_it(corpus, tmp_path, monkeypatch, kind, vocab_size):
     result = train(tmp_path, kind, corpus / "alpha", "--vocab_size", vocab_size, "--out", "mine")
     assert result.returncode == 0, result.stderr
     to_use = result.stdout.split("train with ")[1].split()
@@ -804,10 +812,8 @@ def test_a_model_trains_with_it(corpus, tmp_path, kind, vocab_size):
         "data.seq_len=32", "data.batch_size=2", "model.dim=32", "model.n_layers=2", "model.n_heads=2",
         'model.productkey_args.layers="1"', "model.productkey_args.mem_n_keys=16", "logging.freq=1", "optim.warmup=1",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "apps.main.train", *keys, *to_use]
-    trained = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert trained.returncode == 0, trained.stderr
+    monkeypatch.chdir(tmp_path)
+    run_in_process([*keys, *to_use], tmp_path).ok()
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["global_step"] for line in metrics] == [1, 2]
     assert f"vocab_size: {vocab_size}" in (tmp_path / "run/config.yaml").read_text()
