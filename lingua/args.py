@@ -28,6 +28,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
+from lingua.errors import UserError
+
 T, R, P = TypeVar("T"), TypeVar("R"), ParamSpec("P")
 
 # What only secrets have in their names, words that only secrets are called, and words that flags are called, too.
@@ -64,10 +66,10 @@ def without_credentials(line: str) -> str:
 
 
 def refuse_secrets(section: Any, key: str) -> None:
-    """Raises ValueError, one line that names the key, for text in nested mappings whose name looks like a secret's."""
+    """Raises UserError, one line that names the key, for text in nested mappings whose name looks like a secret's."""
     for name, value in section.items() if isinstance(section, Mapping) else ():
         if isinstance(value, str) and looks_secret(str(name), value):
-            raise ValueError(
+            raise UserError(
                 f"{key}.{name}: looks like a secret, and the config is saved in dump_dir; export it in the shell"
             )
         refuse_secrets(value, f"{key}.{name}")
@@ -76,11 +78,11 @@ def refuse_secrets(section: Any, key: str) -> None:
 def _environment_resolver(name: str, *default: str | None) -> str | None:
     """`${oc.env:NAME}`, but not for secrets: the value would be saved with the config."""
     if looks_secret(name, os.environ.get(name)):
-        raise ValueError(
+        raise UserError(
             f"${{oc.env:{name}}} looks like a secret, and the config is saved in dump_dir; leave it in the environment"
         )
     if name not in os.environ and not default:
-        raise ValueError(f"the environment variable {name} is not set")
+        raise UserError(f"the environment variable {name} is not set")
     return os.environ.get(name, *default)
 
 
@@ -134,7 +136,7 @@ def _in_one_line(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except ValueError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise UserError(" ".join(str(error).split())) from None
 
     return wrapper
 
@@ -144,15 +146,15 @@ def _in_one_line(function: Callable[P, R]) -> Callable[P, R]:
 def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
     """An instance of dataclass `cls` from `key=value` arguments (default: the command line).
 
-    Raises ValueError, one line, for anything that does not fit `cls`.
+    Raises UserError, one line, for anything that does not fit `cls`.
     """
     argv = sys.argv[1:] if argv is None else argv
     for argument in argv:
         if not re.match(r"[^=\s][^=]*=", argument):
-            raise ValueError(f"argument {argument!r}: wanted key=value, such as optim.lr=1e-4")
+            raise UserError(f"argument {argument!r}: wanted key=value, such as optim.lr=1e-4")
     files = [argument.partition("=")[2] for argument in argv if argument.startswith("config=")]
     if len(files) > 1:
-        raise ValueError(f"config: given {len(files)} times; one file can be read")
+        raise UserError(f"config: given {len(files)} times; one file can be read")
     config = OmegaConf.structured(cls)
     for file in files:
         config = _merge(cls, config, read_yaml(file), file)
@@ -167,7 +169,7 @@ def parse_args(cls: type[T], argv: list[str] | None = None) -> T:
 def from_dict(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
     """An instance of dataclass `cls` from nested dictionaries, such as `to_dict` gives.
 
-    Raises ValueError for what does not fit, with `origin` as where the values come from.
+    Raises UserError for what does not fit, with `origin` as where the values come from.
     """
     return _to_object(_merge(cls, OmegaConf.structured(cls), OmegaConf.create(escape(dict(values))), origin))
 
@@ -195,29 +197,29 @@ def escape(value: Any) -> Any:
 
 @_in_one_line
 def read_yaml(file: str) -> DictConfig:
-    """Raises ValueError where the file is missing or no YAML mapping, with the line."""
+    """Raises UserError where the file is missing or no YAML mapping, with the line."""
     file = os.path.expanduser(file)
     try:
         if not Path(file).is_file():
-            raise ValueError(f"config: no file '{file}' (from {os.getcwd()})")
+            raise UserError(f"config: no file '{file}' (from {os.getcwd()})")
     except OSError as error:
-        raise ValueError(f"config: {first_line(error)}") from None
+        raise UserError(f"config: {first_line(error)}") from None
     try:
         loaded = OmegaConf.load(file)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else file
-        raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
+        raise UserError(f"{where}: not YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
     except Exception as error:  # of the disk, the encoding, or any kind out of the constructors of YAML tags
-        raise ValueError(f"{file}: cannot be read ({first_line(error)})") from None
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
     if not isinstance(loaded, DictConfig):
-        raise ValueError(f"{file}: wanted a mapping of keys to values")
+        raise UserError(f"{file}: wanted a mapping of keys to values")
     return loaded
 
 
 def read_argument(argument: str, cls: type) -> DictConfig:
     """One `key=value`. The value is YAML, but where `cls` has a string there it is the text as it stands (unless that
-    is quoted, or null): nothing of a folder's name is lost to YAML's own signs. Raises ValueError, one line.
+    is quoted, or null): nothing of a folder's name is lost to YAML's own signs. Raises UserError, one line.
     """
     key, _, text = argument.partition("=")
     error = None
@@ -236,7 +238,7 @@ def read_argument(argument: str, cls: type) -> DictConfig:
         except Exception as caught:
             error = caught
     if error is not None:
-        raise ValueError(f"{key}: {text!r} cannot be read (from command line; {first_line(error)})") from None
+        raise UserError(f"{key}: {text!r} cannot be read (from command line; {first_line(error)})") from None
     return given
 
 
@@ -261,13 +263,13 @@ def _merge(cls: type, config: DictConfig, given: Any, origin: str) -> DictConfig
     try:
         return OmegaConf.merge(config, given)
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, origin)) from None
+        raise UserError(_explain(error, origin)) from None
 
 
 @_in_one_line
 @refusing_secrets()
 def check_config(cls: type, config: DictConfig, origin: str) -> None:
-    """Raises ValueError, one line, for keys that `cls` does not have and values that do not fit. Interpolations are
+    """Raises UserError, one line, for keys that `cls` does not have and values that do not fit. Interpolations are
     left as they are, since what they name may not be there yet.
     """
     _merge(cls, OmegaConf.structured(cls), config, origin)
@@ -277,10 +279,10 @@ def _to_object(config: DictConfig) -> Any:
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ValueError(f"{missing[0]}: not set, and it has no default")
+            raise UserError(f"{missing[0]}: not set, and it has no default")
         args = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, None)) from None
+        raise UserError(_explain(error, None)) from None
     _expand_paths(args)
     return args
 
@@ -316,34 +318,34 @@ def _check(kind: Any, value: Any, key: str, origin: str) -> None:
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{key}: '{value}' where a section of keys and values is wanted{where}")
+            raise UserError(f"{key}: '{value}' where a section of keys and values is wanted{where}")
         hints = typing.get_type_hints(kind)
         for name, inner in value.items():
             full = f"{key}.{name}" if key else str(name)
             if name not in hints:
                 close = difflib.get_close_matches(str(name), hints, n=1)
                 hint = f"did you mean {key + '.' if key else ''}{close[0]}?" if close else f"known: {', '.join(hints)}"
-                raise ValueError(f"{full}: unknown key; {hint}{where}")
+                raise UserError(f"{full}: unknown key; {hint}{where}")
             _check(hints[name], inner, full, origin)
     elif typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{key}: '{value}' where a mapping of names to values is wanted{where}")
+            raise UserError(f"{key}: '{value}' where a mapping of names to values is wanted{where}")
         for name, inner in value.items():
             wanted = typing.get_args(kind)[1]
             if inner is None and wanted in (int, float, str, bool):
-                raise ValueError(
+                raise UserError(
                     f"{key}: '{name}' has no value; wanted 'name: value', with a space after the colon{where}"
                 )
             _check(wanted, inner, f"{key}.{name}", origin)
     elif typing.get_origin(kind) is list:
         if not isinstance(value, list):
-            raise ValueError(f"{key}: '{value}' where a list is wanted{where}")
+            raise UserError(f"{key}: '{value}' where a list is wanted{where}")
     elif kind is bool and isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError(f"{key}: '{value}' is neither true nor false{where}")
+        raise UserError(f"{key}: '{value}' is neither true nor false{where}")
     elif kind in (int, float, str, bool) and isinstance(value, dict | list):
-        raise ValueError(f"{key}: '{value}' where a single value is wanted{where}")
+        raise UserError(f"{key}: '{value}' where a single value is wanted{where}")
     elif kind in (int, float) and _is_too_large(kind, value):
-        raise ValueError(f"{key}: {str(value)[:30]} is too large for 64 bits ({len(str(value))} digits){where}")
+        raise UserError(f"{key}: {str(value)[:30]} is too large for 64 bits ({len(str(value))} digits){where}")
 
 
 def _is_too_large(kind: type, value: Any) -> bool:
@@ -356,14 +358,14 @@ def _is_too_large(kind: type, value: Any) -> bool:
 
 
 def check_path(key: str, path: str | None) -> None:
-    """Raises ValueError for what cannot be the name of a file or folder, whether there is one or not."""
+    """Raises UserError for what cannot be the name of a file or folder, whether there is one or not."""
     try:
         os.lstat(path or ".")
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, ValueError) as error:  # too long, a loop of links; null bytes
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"{key}: {path[:100]!r} cannot be a path ({reason})") from None
+        raise UserError(f"{key}: {path[:100]!r} cannot be a path ({reason})") from None
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -374,15 +376,15 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def check_writable(key: str, folder: Path, needed: int) -> None:
-    """Raises ValueError if `folder` cannot be made or written to, or has less than `needed` bytes free."""
+    """Raises UserError if `folder` cannot be made or written to, or has less than `needed` bytes free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"{key}: '{existing}' is a file, not a folder")
+        raise UserError(f"{key}: '{existing}' is a file, not a folder")
     if os.statvfs(existing).f_flag & os.ST_RDONLY or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}: '{existing}' is read-only; name a folder that can be written to")
+        raise UserError(f"{key}: '{existing}' is read-only; name a folder that can be written to")
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"{key}: '{existing}' has {free / 2**20:,.1f} MiB free, and {needed / 2**20:,.1f} MiB are needed at once; "
             "make room, or name a folder elsewhere"
         )

@@ -75,6 +75,7 @@ from lingua.checkpoint_integrity import (
 )
 from lingua.data import redistribute_state
 from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, local_part, together
+from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class CheckpointManager:
     def latest(self) -> Path | None:
         """The newest whole checkpoint, as the first rank sees the folder: others may see it later. None without any.
 
-        All files are read, by each rank a share. One that is damaged is passed over with a warning. Raises ValueError
+        All files are read, by each rank a share. One that is damaged is passed over with a warning. Raises UserError
         where all of them are: a run that started at step 0 would replace them and its metrics.
         """
         with together():
@@ -175,7 +176,7 @@ class CheckpointManager:
             self.passed_over[int(folder.name)] = problem
         if existing:
             with together():
-                raise ValueError(
+                raise UserError(
                     f"'{self.path}': no checkpoint is whole (of {len(existing)}); the newest, {existing[-1].name}: "
                     f"{self.passed_over[int(existing[-1].name)]}; restore one to go on from it, or move the folder "
                     "away to start at step 0"
@@ -392,14 +393,14 @@ def list_checkpoints(path: Path) -> list[Path]:
 
 
 def refuse_parent(path: Path) -> None:
-    """Raises ValueError where `path` is no checkpoint but the folder of several, or the dump_dir above that."""
+    """Raises UserError where `path` is no checkpoint but the folder of several, or the dump_dir above that."""
     if (path / ".metadata").is_file() or find_consolidated(path) is not None:
         return
     for folder in (path, path / "checkpoints"):
         names = [checkpoint.name for checkpoint in list_checkpoints(folder)]
         if names:
             shown = ", ".join(names if len(names) <= 4 else [*names[:2], "...", *names[-2:]])
-            raise ValueError(
+            raise UserError(
                 f"'{path}' is no checkpoint; there are {len(names)} in '{folder}': {shown}; name one of them, such as "
                 f"{folder / names[-1]}"
             )
@@ -457,7 +458,7 @@ def find_damaged_json(folder: Path) -> str | None:
 def refuse_damaged(path: Path) -> None:
     """Compares what `load_model` would read of `path` with its checksums, and the config too.
 
-    All ranks call it together. Raises ValueError that names the first file which is missing, cut short, or holds other
+    All ranks call it together. Raises UserError that names the first file which is missing, cut short, or holds other
     bytes than were written. A checkpoint without checksums passes where its files have the right names and sizes.
     """
     with together():
@@ -486,7 +487,7 @@ def refuse_damaged_distributed(folder: Path, weights_only: bool = False) -> None
 
 def _refuse(folder: Path, problem: str | None) -> None:
     if problem is not None:
-        raise ValueError(f"{folder}: not a whole checkpoint; {problem}")
+        raise UserError(f"{folder}: not a whole checkpoint; {problem}")
 
 
 def _refuse_together(folder: Path, problem: str | None) -> None:
@@ -511,7 +512,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: Optimizer, compared
     """Takes model and optimizer state from a distributed checkpoint, in place. All ranks call it together.
 
     The options of the optimizer's groups (learning rates, weight decay, ...) stay those of the config.
-    Raises ValueError for a damaged checkpoint or one of another shape, naming key and shapes; on one rank where it is
+    Raises UserError for a damaged checkpoint or one of another shape, naming key and shapes; on one rank where it is
     wrong for that one alone, and the others leave (`together`).
 
     Args:
@@ -529,13 +530,13 @@ def load_training(folder: Path, model: nn.Module, optimizer: Optimizer, compared
 def load_model(path: Path, model: nn.Module, compared: bool = False) -> None:
     """Takes the weights alone from a distributed checkpoint, or a consolidated one (file, folder, or the folder above).
 
-    All ranks call it together. Raises ValueError as `load_training`, and where there is no checkpoint.
+    All ranks call it together. Raises UserError as `load_training`, and where there is no checkpoint.
     """
     with together():
         found = find_consolidated(path)
         if found is None and not (path / ".metadata").is_file():
             refuse_parent(path)
-            raise ValueError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
+            raise UserError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
     if not compared:
         refuse_damaged(path)
     file = from_first_rank(found)
@@ -548,7 +549,7 @@ def load_model(path: Path, model: nn.Module, compared: bool = False) -> None:
         try:
             model.load_state_dict(_split_like(model, read_consolidated(file)))
         except RuntimeError as error:
-            raise ValueError(f"{file}: {_first_mismatch(error)}") from None
+            raise UserError(f"{file}: {_first_mismatch(error)}") from None
 
 
 def _split_like(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -576,14 +577,14 @@ def _split_like(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
 def read_train_state(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One data-parallel rank's step and place in the data, whatever the number of ranks that wrote them.
 
-    Raises ValueError where files are missing, or do not go together.
+    Raises UserError where files are missing, or do not go together.
     """
     files = sorted(folder.glob("train_state_*.json"))
     if not files:
-        raise ValueError(f"no checkpoint of a training run in '{folder}': no train_state_*.json is there")
+        raise UserError(f"no checkpoint of a training run in '{folder}': no train_state_*.json is there")
     for number, file in enumerate(files):
         if file.name != f"train_state_{number:05d}.json":
-            raise ValueError(
+            raise UserError(
                 f"{folder}: train_state_{number:05d}.json is missing, though {file.name} is there; put it back, or "
                 "resume from another checkpoint"
             )
@@ -593,28 +594,28 @@ def read_train_state(folder: Path, rank: int, world_size: int) -> dict[str, Any]
     steps = [train_state["step"] for train_state in train_states]
     for number, step in enumerate(steps):
         if step != steps[0]:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {files[0].name} is of step {steps[0]} and {files[number].name} of step {step}; resume from "
                 "another checkpoint"
             )
     try:
         place = redistribute_state([train_state["data_loader_state"] for train_state in train_states], rank, world_size)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
     return {**train_states[0], "data_loader_state": place}
 
 
 def read_json(file: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """A JSON object that has `keys`; raises ValueError for anything else."""
+    """A JSON object that has `keys`; raises UserError for anything else."""
     try:
         loaded = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
+        raise UserError(f"{file}: not JSON ({error})") from None
     for key in keys:
         if not isinstance(loaded, dict) or key not in loaded:
-            raise ValueError(f'{file}: has no "{key}"; it was not written by this code, or is damaged')
+            raise UserError(f'{file}: has no "{key}"; it was not written by this code, or is damaged')
     if not isinstance(loaded, dict):
-        raise ValueError(f"{file}: a JSON {type(loaded).__name__} where an object is wanted")
+        raise UserError(f"{file}: a JSON {type(loaded).__name__} where an object is wanted")
     return loaded
 
 
@@ -627,21 +628,21 @@ def find_consolidated(path: Path) -> Path | None:
 
 
 def read_consolidated(file: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict. Raises ValueError for what is no such file; runs no code from it."""
+    """The model's state dict. Raises UserError for what is no such file; runs no code from it."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: not a consolidated checkpoint ({first_line(error)})") from None
+        raise UserError(f"{file}: not a consolidated checkpoint ({first_line(error)})") from None
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f'{file}: not a consolidated checkpoint; wanted {{"model": names to tensors}}')
+        raise UserError(f'{file}: not a consolidated checkpoint; wanted {{"model": names to tensors}}')
     return dict(state)
 
 
 def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
     """Gathers the model of a distributed checkpoint into `ckpt_dir/consolidated`, once; returns that folder.
 
-    Where there are several ranks, one of them calls it, in whose memory the whole model must fit. Raises ValueError for
+    Where there are several ranks, one of them calls it, in whose memory the whole model must fit. Raises UserError for
     what is no whole distributed checkpoint.
     """
     source, folder = Path(ckpt_dir), Path(ckpt_dir) / CONSOLIDATED_FOLDER
@@ -687,12 +688,12 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
         found = _stored_tensors(read_metadata(folder))
         for key, tensor in wanted.items():
             if key in found and tensor.shape != found[key].size:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {key} has shape {list(found[key].size)}, this model's has {list(tensor.shape)}"
                 )
         missing = sorted(wanted.keys() - found.keys())
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the checkpoint lacks {_some(missing)}; is it of a model with other `model` settings?"
             )
         repeated = _refuse_surplus(folder, found, wanted, model)
@@ -721,13 +722,13 @@ def _fill(folder: Path, state: dict[str, Any], alone: bool = False) -> None:
     except (Exception, CheckpointException) as error:
         if is_of_a_lost_rank(error):
             raise
-        raise ValueError(f"{folder}: cannot be read; its files are damaged ({_root_cause(error)[:200]})") from None
+        raise UserError(f"{folder}: cannot be read; its files are damaged ({_root_cause(error)[:200]})") from None
 
 
 def _refuse_surplus(
     folder: Path, found: dict[str, TensorStorageMetadata], wanted: dict[str, torch.Tensor], model: nn.Module
 ) -> list[str]:
-    """Raises ValueError for parameters in the folder that the model neither has nor knows as another's other name.
+    """Raises UserError for parameters in the folder that the model neither has nor knows as another's other name.
 
     Returns the keys that it knows as such.
     """
@@ -737,7 +738,7 @@ def _refuse_surplus(
         model.canonicalize(kept)
     surplus = sorted(key for key in kept if f"model.{key}" not in wanted)
     if surplus:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the checkpoint has {_some(surplus)}, which this model lacks; check the `model` settings"
         )
     return [f"model.{name}" for name in sorted(stored.keys() - kept.keys())]
@@ -801,7 +802,7 @@ def _refuse_far_memo_places(content: bytes) -> None:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The table of contents of a distributed checkpoint. Raises ValueError for anything else, without running it."""
+    """The table of contents of a distributed checkpoint. Raises UserError for anything else, without running it."""
     file = folder / ".metadata"
     try:
         content = file.read_bytes()
@@ -810,7 +811,7 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{file} is damaged ({first_line(error)})") from None
+        raise UserError(f"{file} is damaged ({first_line(error)})") from None
     try:
         sound = isinstance(metadata, Metadata) and all(
             isinstance(stored.relative_path, str) and stored.offset >= 0 and stored.length >= 0
@@ -819,7 +820,7 @@ def read_metadata(folder: Path) -> Metadata:
     except (AttributeError, TypeError):
         sound = False
     if not sound:
-        raise ValueError(f"{file} is damaged (it is no table of contents)")
+        raise UserError(f"{file} is damaged (it is no table of contents)")
     return metadata
 
 
@@ -863,7 +864,7 @@ class _Reader(FileSystemReader):
                 n = min(at_once, n_rows - first)
                 file.seek(begin + first * row_bytes)
                 if file.readinto(content[: n * row_bytes]) < n * row_bytes:
-                    raise ValueError(f"{stored.relative_path} is cut short")
+                    raise UserError(f"{stored.relative_path} is cut short")
                 target[first : first + n].copy_(buffer[(slice(n), *columns)])
             planner.commit_tensor(item, target)
         return True
@@ -871,7 +872,7 @@ class _Reader(FileSystemReader):
 
 class _TensorsOnly(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise ValueError(f"{read_item.storage_index.fqn}: holds a pickle where a tensor belongs")
+        raise UserError(f"{read_item.storage_index.fqn}: holds a pickle where a tensor belongs")
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from torch.futures import Future
 
 from lingua.args import first_line
 from lingua.distributed import from_first_rank, gather_objects, rank_and_size
+from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -192,24 +193,24 @@ def is_summed(metadata: Metadata) -> bool:
 
 
 def read_checksums(folder: Path) -> dict[str, Checksums] | None:
-    """By the names of files; None where the folder has none. Raises ValueError for what is no such file."""
+    """By the names of files; None where the folder has none. Raises UserError for what is no such file."""
     file = folder / CHECKSUMS_FILE
     try:
         content = json.loads(file.read_bytes())
         if (content["algorithm"], content["block_bytes"]) != (ALGORITHM, BLOCK_BYTES):
-            raise ValueError(f"{content['algorithm']} of {content['block_bytes']} bytes, not {ALGORITHM}")
+            raise UserError(f"{content['algorithm']} of {content['block_bytes']} bytes, not {ALGORITHM}")
         sums = {name: Checksums(**of_file) for name, of_file in content["files"].items()}
         for name, of_file in sums.items():
             if Path(name).name != name:
-                raise ValueError(f"{name!r} is no name of a file")
+                raise UserError(f"{name!r} is no name of a file")
             if len(of_file.blocks) != -(-of_file.bytes // BLOCK_BYTES):
-                raise ValueError(f"{len(of_file.blocks)} blocks of {name} with {of_file.bytes} bytes")
+                raise UserError(f"{len(of_file.blocks)} blocks of {name} with {of_file.bytes} bytes")
     except FileNotFoundError:
         return None
     except OSError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({first_line(error)})") from None
+        raise UserError(f"{file} is damaged ({first_line(error)})") from None
     return sums
 
 

@@ -47,6 +47,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lingua.errors import UserError
 from lingua.sources import (
     ON_ERROR,
     TRAIN_FILES,
@@ -95,28 +96,28 @@ class DataArgs:
 
 
 def validate_data_args(args: DataArgs) -> None:
-    """Raises ValueError, one line that names the key, for what would fail later. Reads folder listings only."""
+    """Raises UserError, one line that names the key, for what would fail later. Reads folder listings only."""
     for key in ("batch_size", "seq_len", "n_views", "prefetch_size"):
         if getattr(args, key) < 1:
-            raise ValueError(f"data.{key}: {getattr(args, key)} is too small, it must be 1 or more")
+            raise UserError(f"data.{key}: {getattr(args, key)} is too small, it must be 1 or more")
     if args.seed < 0:
-        raise ValueError(f"data.seed: {args.seed} is negative, it must be 0 or more")
+        raise UserError(f"data.seed: {args.seed} is negative, it must be 0 or more")
     if args.on_error not in ON_ERROR:
-        raise ValueError(f"data.on_error: '{args.on_error}' is neither {' nor '.join(ON_ERROR)}")
+        raise UserError(f"data.on_error: '{args.on_error}' is neither {' nor '.join(ON_ERROR)}")
     if not args.sources:
-        raise ValueError(
+        raise UserError(
             "data.sources: empty; name at least one folder of data.root_dir and its weight, as in {wiki: 1.0}"
         )
     for source, weight in args.sources.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"data.sources.{source}: weight {weight} must be a number of 0 or more")
+            raise UserError(f"data.sources.{source}: weight {weight} must be a number of 0 or more")
     if not 0 < sum(args.sources.values()) < math.inf:
         total = "0" if sum(args.sources.values()) == 0 else "too large to add up"
-        raise ValueError(f"data.sources: all weights are {total}; give at least one source a weight above 0")
+        raise UserError(f"data.sources: all weights are {total}; give at least one source a weight above 0")
     if args.root_dir is None:
-        raise ValueError("data.root_dir: not set; name the folder that holds the sources")
+        raise UserError("data.root_dir: not set; name the folder that holds the sources")
     if not Path(args.root_dir).is_dir():
-        raise ValueError(f"data.root_dir: no folder '{args.root_dir}' (from {os.getcwd()})")
+        raise UserError(f"data.root_dir: no folder '{args.root_dir}' (from {os.getcwd()})")
     for source, weight in list(args.sources.items()):
         if weight == 0 and not (Path(args.root_dir) / source).is_dir():
             del args.sources[source]  # one of the config's that the command line leaves out
@@ -187,7 +188,7 @@ class RowPacker:
             if self._n_pending <= state["tokens_used"]:
                 problem = "data: the document at the checkpoint's place is shorter than it was; the data changed"
                 if self.on_error == "stop":
-                    raise ValueError(problem)
+                    raise UserError(problem)
                 logger.warning("%s", problem)
                 return
             self._used = state["tokens_used"]
@@ -211,7 +212,7 @@ class RowPacker:
                 self._pending.append((state, np.asarray(tokens, dtype=np.int32)))
                 self._n_pending += len(tokens)
                 return
-        raise ValueError(
+        raise UserError(
             f"data.sources: {MAX_EMPTY_DOCUMENTS} documents in a row are empty, or fail in the tokenizer; there is "
             "nothing to train on"
         )
@@ -417,14 +418,14 @@ def _describe_args(args: DataArgs) -> State:
 
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
-        raise ValueError(f"data: rank {rank} is none of the {world_size} data-parallel ranks")
+        raise UserError(f"data: rank {rank} is none of the {world_size} data-parallel ranks")
 
 
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> State:
     """The state, plain JSON, of a loader that has read nothing, for one data-parallel rank.
 
     Looks for a document in the rank's share of every source; where there is none, the rank reads all of that source
-    (`shared_sources`). Raises ValueError for bad arguments, naming the key (see `validate_data_args`), and for a source
+    (`shared_sources`). Raises UserError for bad arguments, naming the key (see `validate_data_args`), and for a source
     without a document.
     """
     validate_data_args(args)
@@ -457,7 +458,7 @@ def _check_is_state(state: Any) -> None:
         and state["streams"]
         and all(_has_keys(stream, _STREAM_KEYS) for stream in state["streams"])
     ):
-        raise ValueError(
+        raise UserError(
             "data: the checkpoint's loader state is not one of this code; start a new run from its weights with "
             "checkpoint.init_ckpt_path"
         )
@@ -468,7 +469,7 @@ def _args_at_start(args: DataArgs, state: State) -> DataArgs:
 
 
 def check_state_fits(args: DataArgs, state: State) -> None:
-    """Raises ValueError, naming the first difference, if `state` was made with other data or arguments.
+    """Raises UserError, naming the first difference, if `state` was made with other data or arguments.
 
     `batch_size` may be another one than then.
     """
@@ -489,15 +490,15 @@ def check_state_fits(args: DataArgs, state: State) -> None:
         # States of before sizes were kept have none.
         for name, size in zip(names, made_with["bytes"][source] if "bytes" in made_with else [], strict=False):
             if looks[name].size != size:
-                raise ValueError(
+                raise UserError(
                     f"{folder / name}: {looks[name].size:,} bytes now, but {size:,} when the run began, so its place "
                     "in the data is lost; set it back, start a new run from the weights with "
                     "checkpoint.init_ckpt_path, or go on inexactly with data.on_error=skip"
                 )
 
 
-def _lost_place(key: str, now: Any, then: Any) -> ValueError:
-    return ValueError(
+def _lost_place(key: str, now: Any, then: Any) -> UserError:
+    return UserError(
         f"{key}: {now} now, but {then} when the checkpoint was written, so its place in the data is lost; set it back, "
         "or start a new run from the weights with checkpoint.init_ckpt_path"
     )
@@ -524,7 +525,7 @@ def redistribute_state(states: list[State], rank: int, world_size: int) -> State
     is the stream. For as many ranks as before the states stay as they are. Where R divides W or W divides R, and all
     ranks together read as many rows a step as before, they are the same rows.
 
-    Raises ValueError where the states are none of this code, are not of one checkpoint, or lack a stream.
+    Raises UserError where the states are none of this code, are not of one checkpoint, or lack a stream.
     """
     _check_rank(rank, world_size)
     _check_same_run(states)
@@ -539,13 +540,13 @@ def redistribute_state(states: list[State], rank: int, world_size: int) -> State
 
 def _check_same_run(states: list[State]) -> None:
     if not states:
-        raise ValueError("data: there is no loader state to go on from; resume from another checkpoint")
+        raise UserError("data: there is no loader state to go on from; resume from another checkpoint")
     for rank, state in enumerate(states):
         _check_is_state(state)
         first, other = states[0]["made_with"], state["made_with"]
         for key in [*first, *other]:
             if first.get(key) != other.get(key):
-                raise ValueError(
+                raise UserError(
                     f"data: the loader states of ranks 0 and {rank} are not of one run, {key} differs; resume from "
                     "another checkpoint"
                 )
@@ -558,14 +559,14 @@ def _collect_streams(states: list[State]) -> list[State]:
         for stream in state["streams"]:
             other, known = found.setdefault(stream["stream"], (rank, stream))
             if known != stream:
-                raise ValueError(
+                raise UserError(
                     f"data: the loader states of ranks {other} and {rank} have stream {stream['stream']} at different "
                     "places; resume from another checkpoint"
                 )
     numbers = range(states[0]["made_with"]["streams"])
     missing = [str(number) for number in numbers if number not in found]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"data: the loader states lack stream {', '.join(missing)} of {len(numbers)} (from 0); resume from another "
             "checkpoint"
         )
@@ -616,7 +617,7 @@ def build_dataloader_from_args(
     """An endless iterator of `(batch, state)`; `state` resumes behind that batch.
 
     A batch is int64 of shape (batch_size, seq_len, n_views); view 0 is the input, view 1 the target. Errors of the
-    data (ValueError with file and line, OSError) come out of `next()`, from the worker process too. So does
+    data (UserError with file and line, OSError) come out of `next()`, from the worker process too. So does
     TimeoutError, where that process neither gives a batch nor reads a document for `timeout` seconds.
     """
     if args.load_async:
@@ -773,7 +774,7 @@ class _Worker:
             logger.warning("%s", header["warning"])
             header = self._read_header(pipe)
         if "error" in header:
-            kind = {"ValueError": ValueError, "OSError": OSError}.get(header["error"], RuntimeError)
+            kind = {"UserError": UserError, "OSError": OSError}.get(header["error"], RuntimeError)
             raise kind(header["message"])
         shape = header["shape"]
         batch = np.frombuffer(self._read(pipe, 8 * math.prod(shape)), dtype=np.int64).reshape(shape)
@@ -837,8 +838,8 @@ def serve_batches(place: int) -> None:
             send({"shape": batch.shape, "streams": state["streams"]}, memoryview(batch).cast("B"))
     except BrokenPipeError:
         os._exit(0)  # the trainer is gone; closing the pipe in the ordinary way would only fail again
-    except (ValueError, OSError) as error:
-        kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+    except (UserError, OSError) as error:
+        kind = "UserError" if isinstance(error, UserError) else "OSError"
         send({"error": kind, "message": str(error)})
     except Exception:
         send({"error": "RuntimeError", "message": f"data: the loader failed\n{traceback.format_exc()}"})

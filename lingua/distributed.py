@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from lingua import slurm
 from lingua.args import first_line, looks_secret, refuse_secrets
+from lingua.errors import UserError
 from lingua.sharding import local_part as local_part
 from lingua.watch import is_first_to_tell, name_lost_ranks
 
@@ -118,7 +119,7 @@ def find_ranks() -> tuple[int, int, int]:
     if "LOCAL_RANK" in os.environ:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             if not os.environ.get(name, "").isdecimal():
-                raise ValueError(f"{name}: no number in the environment, though LOCAL_RANK is set; start with torchrun")
+                raise UserError(f"{name}: no number in the environment, though LOCAL_RANK is set; start with torchrun")
         rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
         return rank, local_rank, size
     return slurm.find_ranks() or (0, 0, 1)
@@ -127,7 +128,7 @@ def find_ranks() -> tuple[int, int, int]:
 def find_world() -> World:
     """This process's ranks, and the device that the machine has for it.
 
-    Raises ValueError where there are more local ranks than CUDA devices.
+    Raises UserError where there are more local ranks than CUDA devices.
     """
     world = World(*find_ranks())
     if torch.cuda.is_available():
@@ -135,7 +136,7 @@ def find_world() -> World:
         if n_devices == 1 and "LOCAL_RANK" not in os.environ and slurm.has_gpu_of_its_own():
             index = 0
         if index >= n_devices:
-            raise ValueError(
+            raise UserError(
                 f"local rank {index} has no GPU of its own: there are {n_devices}; "
                 "lower torchrun's --nproc-per-node, or srun's --ntasks-per-node"
             )
@@ -146,33 +147,33 @@ def find_world() -> World:
 def validate_distributed_args(args: DistributedArgs, world: World) -> None:
     """Checks the sizes against the world, working out `dp_replicate` where they do not multiply to it.
 
-    Raises ValueError, one line that names the key.
+    Raises UserError, one line that names the key.
     """
     for name in ("dp_shard", "dp_replicate", "tp_size", "memory_parallel_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"distributed.{name}: {getattr(args, name)} is too small, it must be 1 or more")
+            raise UserError(f"distributed.{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.model_dtype not in DTYPES:
-        raise ValueError(f"distributed.model_dtype: '{args.model_dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"distributed.model_dtype: '{args.model_dtype}' is none of {', '.join(DTYPES)}")
     if args.fsdp_type not in ("no_shard", "full_shard"):
-        raise ValueError(f"distributed.fsdp_type: '{args.fsdp_type}' is neither no_shard nor full_shard")
+        raise UserError(f"distributed.fsdp_type: '{args.fsdp_type}' is neither no_shard nor full_shard")
     if args.values_device not in (None, "cpu"):
-        raise ValueError(f"distributed.values_device: '{args.values_device}' is neither null nor cpu")
+        raise UserError(f"distributed.values_device: '{args.values_device}' is neither null nor cpu")
     if args.float8_recipe not in (None, "rowwise"):
-        raise ValueError(f"distributed.float8_recipe: '{args.float8_recipe}' is neither null nor rowwise")
+        raise UserError(f"distributed.float8_recipe: '{args.float8_recipe}' is neither null nor rowwise")
     for name in ("tp_size", "dp_shard", "memory_parallel_size"):
         if world.size % getattr(args, name):
-            raise ValueError(
+            raise UserError(
                 f"distributed.{name}: {getattr(args, name)} does not divide the {world.size} ranks of this run; "
                 "lower it, or start more ranks with torchrun"
             )
     if args.timeout < 1:
-        raise ValueError(f"distributed.timeout: {args.timeout} seconds are too few, it must be 1 or more")
+        raise UserError(f"distributed.timeout: {args.timeout} seconds are too few, it must be 1 or more")
     if args.check_every is not None and args.check_every < 1:
-        raise ValueError(f"distributed.check_every: {args.check_every} is too small, it must be 1 or more, or null")
+        raise UserError(f"distributed.check_every: {args.check_every} is too small, it must be 1 or more, or null")
     if args.timeout > LONGEST_TIMEOUT:
-        raise ValueError(f"distributed.timeout: {args.timeout} seconds are more than {LONGEST_TIMEOUT}, of 30 years")
+        raise UserError(f"distributed.timeout: {args.timeout} seconds are more than {LONGEST_TIMEOUT}, of 30 years")
     if args.compile_cache_size_limit < 1:
-        raise ValueError(
+        raise UserError(
             f"distributed.compile_cache_size_limit: {args.compile_cache_size_limit} is too small, it must be 1 or more"
         )
     if args.model_dtype == "fp16" and world.device.type == "cuda":
@@ -180,23 +181,21 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
             "distributed.model_dtype: fp16 gradients can underflow, since losses are not scaled; prefer bf16"
         )
     if world.size % (args.dp_shard * args.tp_size):
-        raise ValueError(
+        raise UserError(
             f"distributed.dp_shard: dp_shard={args.dp_shard} times tp_size={args.tp_size} does not divide the "
             f"{world.size} ranks of this run"
         )
     if args.memory_parallel_size > 1 and args.tp_size > 1:
-        raise ValueError(
+        raise UserError(
             f"distributed.memory_parallel_size: {args.memory_parallel_size} with tp_size={args.tp_size}; set one of "
             "them to 1 (tensor parallelism splits the value table over its own ranks)"
         )
     if args.compile and args.tp_size > 1:
-        raise ValueError(
+        raise UserError(
             f"distributed.compile: true with tp_size={args.tp_size}, which torch cannot compile; set compile=false"
         )
     if args.dp_shard > 1 and args.fsdp_type == "no_shard":
-        raise ValueError(
-            f"distributed.fsdp_type: no_shard with dp_shard={args.dp_shard}; set full_shard, or dp_shard=1"
-        )
+        raise UserError(f"distributed.fsdp_type: no_shard with dp_shard={args.dp_shard}; set full_shard, or dp_shard=1")
     args.dp_replicate = world.size // (args.dp_shard * args.tp_size)
 
 
@@ -313,14 +312,14 @@ def set_environment(variables: dict[str, str]) -> None:
 
 
 def validate_environment(variables: dict[str, str]) -> None:
-    """Raises ValueError for what cannot be a variable, and for those that would carry a secret into saved configs."""
+    """Raises UserError for what cannot be a variable, and for those that would carry a secret into saved configs."""
     refuse_secrets(variables, "env")
     for name in variables:
         if not name or "=" in name or "\0" in name + variables[name]:
-            raise ValueError(f"env.{name}: no variable can have this name, or value {variables[name][:30]!r}")
+            raise UserError(f"env.{name}: no variable can have this name, or value {variables[name][:30]!r}")
         backend = re.search(r"backend:\s*(\w+)", variables[name]) if name in ALLOCATOR_VARIABLES else None
         if backend and backend[1] != "native" and backend[0] not in os.environ.get(name, ""):
-            raise ValueError(
+            raise UserError(
                 f"env.{name}: {backend[0]} is read when torch is imported, before any config; export it in the shell"
             )
 
@@ -367,14 +366,14 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around what all ranks do: a ValueError or OSError of one of them ends it on all, and nobody is left waiting.
+    """Around what all ranks do: a UserError or OSError of one of them ends it on all, and nobody is left waiting.
 
     The first rank that has an error raises it; the others leave by SystemExit, silently.
     """
     error = None
     try:
         yield
-    except (ValueError, OSError) as caught:
+    except (UserError, OSError) as caught:
         error = caught
     if not dist.is_initialized():
         if error is not None:
@@ -394,7 +393,7 @@ def failing_alike(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     message = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         message = str(error)
     for told in gather_objects(message, group):
         if told is not None:
@@ -449,10 +448,10 @@ def _launchers_rank() -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a command's main function: an error of the user's making ends in one line on stderr and exit code 1.
+    """Runs a command's main function: a UserError or OSError ends in one line on stderr and exit code 1.
 
-    So does a rank that died or hangs, on all the others. LINGUA_TRACEBACK=1 in the environment shows where a line came
-    from.
+    So does a rank that died or hangs, on all the others. Any other exception is a bug and ends in its traceback.
+    LINGUA_TRACEBACK=1 in the environment shows where a line came from.
     """
     try:
         main()
@@ -468,7 +467,7 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except Exception as error:
-        of_the_user = isinstance(error, (ValueError, OSError))
+        of_the_user = isinstance(error, (UserError, OSError))
         lost = not of_the_user and dist.is_initialized() and is_of_a_lost_rank(error)
         if not (of_the_user or lost) or os.environ.get("LINGUA_TRACEBACK"):
             traceback.print_exc()

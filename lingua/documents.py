@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import orjson
 
+from lingua.errors import UserError
 from lingua.sources import MAX_LINE_BYTES, parse_document
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ DOCUMENT_COPIES = 6
 
 
 class Skipped:
-    """Counts documents that are left out and keeps what was wrong with the first; or raises ValueError at the first."""
+    """Counts documents that are left out and keeps what was wrong with the first; or raises UserError at the first."""
 
     def __init__(self, on_error: str = "stop"):
         self.on_error = on_error
@@ -56,7 +57,7 @@ class Skipped:
     def add(self, describe: Callable[[], str]) -> None:
         """`describe`: is called for the first few only, since counting lines takes reading the file."""
         if self.on_error == "stop":
-            raise ValueError(f"{describe()} (--on_error skip leaves it out)")
+            raise UserError(f"{describe()} (--on_error skip leaves it out)")
         self.count += 1
         if self.count <= SKIPPED_TOLD:
             self.first.append(describe())
@@ -139,7 +140,7 @@ def local_form(path: str) -> str:
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a URL and the path in it. Raises ValueError where there is none, or its package is missing."""
+    """The filesystem of a URL and the path in it. Raises UserError where there is none, or its package is missing."""
     from fsspec.core import url_to_fs
 
     try:
@@ -148,9 +149,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         protocol = url.partition("://")[0]
         package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
         known = f"pip install {package[protocol]}" if protocol in package else str(error)
-        raise ValueError(f"{url}: no package for '{protocol}://' is installed; {known}") from None
+        raise UserError(f"{url}: no package for '{protocol}://' is installed; {known}") from None
     except ValueError as error:
-        raise ValueError(f"{url}: {error}") from None
+        raise UserError(f"{url}: {error}") from None
 
 
 def join(folder: str, name: str) -> str:
@@ -167,7 +168,7 @@ def open_input(path: str) -> IO[bytes]:
 def find_files(patterns: list[str], exclude: str | None = None) -> list[InputFile]:
     """The files of folders (all that are JSON lines or parquet, hidden ones left out), globs and paths, sorted.
 
-    What lies in the folder `exclude` is left out. Raises ValueError where a pattern finds nothing, or something whose
+    What lies in the folder `exclude` is left out. Raises UserError where a pattern finds nothing, or something whose
     name has none of SUFFIXES.
     """
     found: dict[str, tuple[int, str]] = {}
@@ -176,7 +177,7 @@ def find_files(patterns: list[str], exclude: str | None = None) -> list[InputFil
         if exclude is not None:
             here = {path: facts for path, facts in here.items() if not path.startswith(join(exclude, ""))}
         if not here:
-            raise ValueError(f"{pattern}: no such files; wanted names that end in {', '.join(SUFFIXES)}")
+            raise UserError(f"{pattern}: no such files; wanted names that end in {', '.join(SUFFIXES)}")
         found |= here
     paths = sorted(found, key=lambda path: path.split("/"))
     folders = [path.split("/")[:-1] for path in paths]
@@ -186,7 +187,7 @@ def find_files(patterns: list[str], exclude: str | None = None) -> list[InputFil
 
 
 def _cannot_list(error: OSError) -> None:
-    raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}")
+    raise UserError(f"{error.filename}: cannot be listed: {error.strerror}")
 
 
 def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
@@ -199,7 +200,7 @@ def _find_local(pattern: str) -> dict[str, tuple[int, str]]:
     for path in paths:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: no regular file")
+            raise UserError(f"{path}: no regular file")
         facts[path] = status.st_size, str(status.st_mtime_ns)
     return facts
 
@@ -237,7 +238,7 @@ def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise ValueError(f"{pattern}: cannot be listed: {error}") from None
+        raise UserError(f"{pattern}: cannot be listed: {error}") from None
     stamps = ("ETag", "etag", "LastModified", "mtime", "updated", "created")
     return {
         system.unstrip_protocol(path): (
@@ -251,7 +252,7 @@ def _find_remote(pattern: str) -> dict[str, tuple[int, str]]:
 def _with_known_suffix(paths: list[str]) -> list[str]:
     for path in paths:
         if not suffix_of(path):
-            raise ValueError(f"{path}: not a name of JSON lines or parquet; they end in {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: not a name of JSON lines or parquet; they end in {', '.join(SUFFIXES)}")
     return paths
 
 
@@ -265,7 +266,7 @@ def read_part(
 
     `max_document`: bytes of the longest line that memory allows; none longer than the loader's MAX_LINE_BYTES is read
     either. `columns`: those that are kept of each document. What is no document goes to `skipped`, or raises
-    ValueError that names the file and the line or row, as a damaged file and too little memory do in any case.
+    UserError that names the file and the line or row, as a damaged file and too little memory do in any case.
     """
     reading = Reading(min(max_document, MAX_LINE_BYTES), columns, skipped or Skipped())
     try:
@@ -278,7 +279,7 @@ def read_part(
         else:
             yield from _read_compressed(part.file, reading)
     except OSError as error:
-        raise ValueError(f"{part.file.path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{part.file.path}: cannot be read: {error.strerror or error}") from None
 
 
 def _open_compressed(file: InputFile, source: IO[bytes]) -> IO[bytes]:
@@ -295,10 +296,10 @@ def _read_compressed(file: InputFile, reading: Reading) -> Iterator[Piece]:
         except OSError as error:
             codec = CODECS[file.suffix]
             if "too much memory" in str(error):
-                raise ValueError(
+                raise UserError(
                     f"{file.path}: compressed with a window of more than 128 MB (zstd --long); compress it without"
                 ) from None
-            raise ValueError(f"{file.path}: cut off or no {codec} file ({error}); get it again") from None
+            raise UserError(f"{file.path}: cut off or no {codec} file ({error}); get it again") from None
 
 
 def read_lines(
@@ -493,7 +494,7 @@ def _skip_long_line(file: InputFile, place: int, reading: Reading) -> None:
 
 
 def _skip_long(length: int, reading: Reading, where: Callable[[], str]) -> None:
-    """A document of so many bytes. Raises ValueError where another machine's memory would do: what is left out must not
+    """A document of so many bytes. Raises UserError where another machine's memory would do: what is left out must not
     depend on that.
     """
     if length > MAX_LINE_BYTES:
@@ -501,7 +502,7 @@ def _skip_long(length: int, reading: Reading, where: Callable[[], str]) -> None:
         reading.skipped.add(lambda: f"{where()} of {limit}; cut it up")
         return
     allowed = reading.max_document
-    raise ValueError(
+    raise UserError(
         f"{where()} of {length / 1e6:,.1f} MB, more than a worker's share of memory allows ({allowed / 1e6:,.1f} MB); "
         f"give {length / allowed + 0.1:.1f} times the memory, or use fewer workers"
     )
@@ -520,7 +521,7 @@ def _open_parquet(file: InputFile, source: IO[bytes]) -> pq.ParquetFile:
         # A buffer makes it read pages as they are needed instead of whole columns of a row group.
         return pq.ParquetFile(source, buffer_size=BLOCK_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file.path}: not a parquet file, or cut off ({_short(error)}); get it again") from None
+        raise UserError(f"{file.path}: not a parquet file, or cut off ({_short(error)}); get it again") from None
 
 
 def _read_parquet(part: Part, reading: Reading) -> Iterator[Piece]:
@@ -560,7 +561,7 @@ def _guarded(batches: Iterator[pa.RecordBatch], file: InputFile) -> Iterator[pa.
     try:
         yield from batches
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file.path}: a damaged parquet file ({_short(error)}); get it again") from None
+        raise UserError(f"{file.path}: a damaged parquet file ({_short(error)}); get it again") from None
 
 
 def _in_small_ones(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -586,21 +587,21 @@ def _in_small_ones(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def _column_order(file: InputFile, schema: pa.Schema, reading: Reading) -> list[str]:
-    """The columns that are kept, the text first. Raises ValueError where there is none of strings."""
+    """The columns that are kept, the text first. Raises UserError where there is none of strings."""
     import pyarrow as pa
 
     if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"{file.path}: two columns of one name among {sorted(schema.names)}")
+        raise UserError(f"{file.path}: two columns of one name among {sorted(schema.names)}")
     missing = [name for name in reading.columns or () if name not in (*schema.names, *TEXT_COLUMNS)]
     if missing:
-        raise ValueError(f"{file.path}: --columns: no '{missing[0]}' among its columns {sorted(schema.names)}")
+        raise UserError(f"{file.path}: --columns: no '{missing[0]}' among its columns {sorted(schema.names)}")
     key = next((key for key in TEXT_COLUMNS if key in schema.names and reading.keeps(key)), None)
     if key is None:
-        raise ValueError(f'{file.path}: neither "text" nor "content" among its columns {sorted(schema.names)}')
+        raise UserError(f'{file.path}: neither "text" nor "content" among its columns {sorted(schema.names)}')
     kind = schema.field(key).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise ValueError(f'{file.path}: column "{key}" is of type {kind}; wanted strings (--columns takes others)')
+        raise UserError(f'{file.path}: column "{key}" is of type {kind}; wanted strings (--columns takes others)')
     return [key, *(name for name in schema.names if name != key and reading.keeps(name))]
 
 

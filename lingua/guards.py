@@ -25,6 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lingua.distributed import World, gather_objects, local_part
+from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +56,24 @@ class GuardArgs:
 
 
 def validate_guard_args(args: GuardArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     if args.max_bad_steps is not None and args.max_bad_steps < 1:
-        raise ValueError(f"guard.max_bad_steps: {args.max_bad_steps} is too small, it must be 1 or more, or null")
+        raise UserError(f"guard.max_bad_steps: {args.max_bad_steps} is too small, it must be 1 or more, or null")
     least = max(MIN_VALUES, args.max_bad_steps or 0)
     if args.window < least:
-        raise ValueError(
+        raise UserError(
             f"guard.window: {args.window} steps are too few, it must be {MIN_VALUES} or more, and max_bad_steps or more"
         )
     if args.spike_factor is not None and not 0 < args.spike_factor < math.inf:
-        raise ValueError(f"guard.spike_factor: {args.spike_factor} must be a number above 0, or null")
+        raise UserError(f"guard.spike_factor: {args.spike_factor} must be a number above 0, or null")
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:
-    """Raises ValueError for an optimizer that takes no notice of `found_inf`: bad steps would reach the weights."""
+    """Raises UserError for an optimizer that takes no notice of `found_inf`: bad steps would reach the weights."""
     # torch's own sign of those that do: fused ones, and any that says so of itself.
     heeds = getattr(optimizer, "_step_supports_amp_scaling", False)
     if not heeds or any(group.get("fused") is False for group in optimizer.param_groups):
-        raise ValueError(
+        raise UserError(
             f"{type(optimizer).__name__} cannot skip a step whose gradients are not finite: make it with fused=True, "
             "or let its step() do nothing where the tensor found_inf is 1, and set _step_supports_amp_scaling on it"
         )
@@ -201,7 +202,7 @@ class Guard:
     def explain(self) -> list[str]:
         """A line for each bad step that was heard of: what was not finite, and on which rank it began.
 
-        Raises ValueError where ranks have not decided alike, so that their weights differ now.
+        Raises UserError where ranks have not decided alike, so that their weights differ now.
         """
         gathered = gather_objects((self._here(), self._alarming))
         ranks = [rank for rank, _ in gathered]
@@ -209,7 +210,7 @@ class Guard:
         for readings in zip(*(readings for _, readings in gathered), strict=True):
             skipped = [rank for rank, reading in zip(ranks, readings, strict=True) if reading.is_bad]
             if 0 < len(skipped) < len(ranks):
-                raise ValueError(
+                raise UserError(
                     f"step {readings[0].step}: averaged gradients are not finite on {', '.join(skipped)}, but on other "
                     "ranks they are, so weights differ now; that is a fault of hardware or network: leave that machine "
                     "out, and start again from the last checkpoint"
@@ -349,7 +350,7 @@ class Usual:
 
 @torch.no_grad()
 def check_weights(model: nn.Module, step: int) -> None:
-    """Raises ValueError where this rank's weights are not finite: no checkpoint is to be written of them."""
+    """Raises UserError where this rank's weights are not finite: no checkpoint is to be written of them."""
     wrong = [
         name
         for name, parameter in model.named_parameters()
@@ -357,7 +358,7 @@ def check_weights(model: nn.Module, step: int) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"step {step}: weights are not finite ({wrong[0]}{more}), though the step's gradients were; nothing is "
             "saved of them: start again from the last checkpoint, with a lower optim.lr or a larger optim.epsilon"
         )

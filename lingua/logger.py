@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from lingua.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # Locked by the run that writes into a dump_dir. A log may be rotated or deleted; this stays, empty.
@@ -84,7 +86,7 @@ def init_logger(rank: int = 0, world_size: int = 1, stream: TextIO | None = None
 def claim(folder: Path) -> BinaryIO:
     """Keeps other runs out of a folder, by a lock, until the file that is returned is closed, or this process dies.
 
-    Raises ValueError where another run has it. A file system without locks gets a warning.
+    Raises UserError where another run has it. A file system without locks gets a warning.
     """
     file = open(folder / LOCK_FILE, "ab")
     try:
@@ -94,7 +96,7 @@ def claim(folder: Path) -> BinaryIO:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
-            raise ValueError(
+            raise UserError(
                 f"dump_dir: another run is writing into '{folder}'; wait for its end, or name another folder"
             ) from None
         logger.warning(

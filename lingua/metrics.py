@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from lingua.args import looks_secret, refuse_secrets
+from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,27 +42,27 @@ class LoggingArgs:
 
 
 def validate_logging_args(args: LoggingArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     if args.freq < 1:
-        raise ValueError(f"logging.freq: {args.freq} is too small, it must be 1 or more")
+        raise UserError(f"logging.freq: {args.freq} is too small, it must be 1 or more")
     if args.acc_freq is not None and args.acc_freq < 1:
-        raise ValueError(f"logging.acc_freq: {args.acc_freq} is too small, it must be 1 or more, or null")
+        raise UserError(f"logging.acc_freq: {args.acc_freq} is too small, it must be 1 or more, or null")
     if args.wandb is not None:
         validate_wandb_args(args.wandb, "logging.wandb")
 
 
 def validate_wandb_args(arguments: Any, key: str) -> None:
-    """Raises ValueError, one line that names `key` or what is under it, for what wandb.init does not take."""
+    """Raises UserError, one line that names `key` or what is under it, for what wandb.init does not take."""
     if not isinstance(arguments, dict):
-        raise ValueError(f"{key}: '{arguments}' where a section of wandb.init's arguments is wanted")
+        raise UserError(f"{key}: '{arguments}' where a section of wandb.init's arguments is wanted")
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(f"{key}: wandb does not import ({error}); install it, or set null") from None
+        raise UserError(f"{key}: wandb does not import ({error}); install it, or set null") from None
     known = [name for name in inspect.signature(wandb.init).parameters if name != "config"]
     for name in arguments:
         if name not in known:
-            raise ValueError(f"{key}.{name}: wandb.init has no such argument; it has {', '.join(known)}")
+            raise UserError(f"{key}.{name}: wandb.init has no such argument; it has {', '.join(known)}")
     refuse_secrets(arguments, key)
 
 
@@ -131,7 +132,7 @@ def _or_null(value: Any) -> Any:
 def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any], key: str = "logging.wandb") -> Any:
     """A wandb run whose files lie in `folder`, and which goes on as the same one when it is started there again.
 
-    `arguments`: of wandb.init, config section `key`. Raises ValueError where wandb refuses to start.
+    `arguments`: of wandb.init, config section `key`. Raises UserError where wandb refuses to start.
     """
     import wandb
 
@@ -142,7 +143,7 @@ def start_wandb(folder: Path, arguments: dict[str, Any], config: dict[str, Any],
         with _without_slurm_secrets():
             run = wandb.init(**{**defaults, **arguments}, config=config)
     except (wandb.Error, TypeError, ValueError) as error:
-        raise ValueError(f"{key}: wandb does not start ({error})") from None
+        raise UserError(f"{key}: wandb does not start ({error})") from None
     beside = folder / "wandb_run_id.tmp"
     beside.write_text(run_id)
     os.replace(beside, id_file)

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua.distributed import local_part
+from lingua.errors import UserError
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
 from lingua.sparse_update import SparseAdamW
@@ -56,32 +57,32 @@ class OptimArgs:
 
 
 def validate_optim_args(args: OptimArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     if args.scheduler not in SCHEDULERS:
-        raise ValueError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
+        raise UserError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
     if args.value_update not in VALUE_UPDATES:
-        raise ValueError(f"optim.value_update: '{args.value_update}' is neither {' nor '.join(VALUE_UPDATES)}")
+        raise UserError(f"optim.value_update: '{args.value_update}' is neither {' nor '.join(VALUE_UPDATES)}")
     if args.value_rounding not in VALUE_ROUNDINGS:
-        raise ValueError(f"optim.value_rounding: '{args.value_rounding}' is neither {' nor '.join(VALUE_ROUNDINGS)}")
+        raise UserError(f"optim.value_rounding: '{args.value_rounding}' is neither {' nor '.join(VALUE_ROUNDINGS)}")
     if args.value_rounding == "stochastic" and args.value_update != "sparse":
-        raise ValueError("optim.value_rounding: stochastic goes not with value_update=dense; set value_update=sparse")
+        raise UserError("optim.value_rounding: stochastic goes not with value_update=dense; set value_update=sparse")
     for name in ("lr", "weight_decay", "epsilon", "warmup", "lr_min_ratio", "value_weight_decay"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"optim.{name}: {value} must be 0 or more")
+            raise UserError(f"optim.{name}: {value} must be 0 or more")
     for name in ("beta1", "beta2", "value_beta1"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
-            raise ValueError(f"optim.{name}: {value} must be at least 0 and below 1")
+            raise UserError(f"optim.{name}: {value} must be at least 0 and below 1")
     for name in ("clip", "cycle_length", "cosine_theta", "exp_factor"):
         if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"optim.{name}: {getattr(args, name)} must be a number above 0")
+            raise UserError(f"optim.{name}: {getattr(args, name)} must be a number above 0")
     if not 0 <= args.decay_fraction <= 1:
-        raise ValueError(f"optim.decay_fraction: {args.decay_fraction} must be between 0 and 1")
+        raise UserError(f"optim.decay_fraction: {args.decay_fraction} must be between 0 and 1")
     if args.scheduler == "wsd" and not args.lr_min_ratio > 0:
-        raise ValueError("optim.lr_min_ratio: the wsd schedule divides by it, so it must be above 0")
+        raise UserError("optim.lr_min_ratio: the wsd schedule divides by it, so it must be above 0")
     if args.scheduler == "inv_sqrt" and args.warmup == 0:
-        raise ValueError(
+        raise UserError(
             "optim.warmup: the inv_sqrt schedule decays with warmup / step, so with 0 every step would have the rate "
             "lr * lr_min_ratio; set 1 or more"
         )
@@ -165,7 +166,7 @@ SCHEDULERS = {"constant": _constant, "linear": _linear, "inv_sqrt": _inv_sqrt, "
 
 
 def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
-    """step -> factor on every group's learning rate. Raises ValueError for an unknown `args.scheduler`."""
+    """step -> factor on every group's learning rate. Raises UserError for an unknown `args.scheduler`."""
     validate_optim_args(args)
     schedule = SCHEDULERS[args.scheduler]
     return lambda step: schedule(args, n_steps, step)

@@ -36,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lingua.distributed import DTYPES, DistributedArgs, World, local_part, mesh_sizes, set_group_timeout
+from lingua.errors import UserError
 from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag
 from lingua.product_key.memory import HashingMemory, memory_layers
 from lingua.product_key.row_gradients import RowGradients
@@ -52,7 +53,7 @@ def validate_parallelism(
 ) -> None:
     """Checks a layout that `validate_distributed_args` has passed against the model's sizes.
 
-    Raises ValueError, one line that names the key. Needs no process group.
+    Raises UserError, one line that names the key. Needs no process group.
     """
     tp_size, group = args.tp_size, args.memory_parallel_size
     if tp_size > 1:
@@ -66,13 +67,13 @@ def validate_parallelism(
             ("the feed-forward's hidden size", hidden),
         ):
             if size % tp_size:
-                raise ValueError(f"distributed.tp_size: {tp_size} does not divide {name}={size}")
+                raise UserError(f"distributed.tp_size: {tp_size} does not divide {name}={size}")
     memories = model.productkey_args
     if memory_layers(memories, model.n_layers):
         columns = memories.mem_v_dim if memories.mem_v_dim > 0 else model.dim
         for name, size in (("memory_parallel_size", group), ("tp_size", tp_size)):
             if columns % size:
-                raise ValueError(
+                raise UserError(
                     f"distributed.{name}: {size} does not divide the {columns} columns of the value table "
                     "(model.productkey_args.mem_v_dim, or model.dim), which are split over so many ranks"
                 )
@@ -84,22 +85,22 @@ def _refuse_float8(args: DistributedArgs, model: BaseTransformerArgs, world: Wor
     key = "distributed.float8_recipe"
     if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < (8, 9):
         found = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "a CPU"
-        raise ValueError(f"{key}: float8 needs a GPU of compute capability 8.9 or more (H100, L40, ...), found {found}")
+        raise UserError(f"{key}: float8 needs a GPU of compute capability 8.9 or more (H100, L40, ...), found {found}")
     if args.tp_size > 1:
-        raise ValueError(f"{key}: not together with tp_size={args.tp_size}; set one of them back")
+        raise UserError(f"{key}: not together with tp_size={args.tp_size}; set one of them back")
     try:
         re.compile(args.float8_filter)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"distributed.float8_filter: '{args.float8_filter}' is no regular expression ({error})"
         ) from None
     hidden = hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
     if model.dim % 16 or hidden % 16:
-        raise ValueError(f"{key}: sizes must be multiples of 16, found model.dim={model.dim}, hidden size {hidden}")
+        raise UserError(f"{key}: sizes must be multiples of 16, found model.dim={model.dim}, hidden size {hidden}")
     try:
         import torchao.float8  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{key}: needs torchao ({error}); pip install torchao") from None
+        raise UserError(f"{key}: needs torchao ({error}); pip install torchao") from None
 
 
 def splits_tables_by_rows(args: DistributedArgs, world: World) -> bool:

@@ -42,6 +42,7 @@ import torch
 from torch import nn
 
 from lingua.distributed import local_part
+from lingua.errors import UserError
 from lingua.metrics import drop_metrics_after
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.memory import HashingMemory
@@ -97,7 +98,7 @@ def probe(model: BaseTransformer, compute_loss: Callable[[], torch.Tensor]) -> l
     """Calls `compute_loss`, which sends a batch through the model, and goes backward; the records, as they are written
     but for the step.
 
-    All ranks call it together. Raises ValueError for masks of which the attention's entropy cannot be told.
+    All ranks call it together. Raises UserError for masks of which the attention's entropy cannot be told.
     """
     measured = _Measured()
     with ExitStack() as stack:
@@ -335,10 +336,10 @@ def summarize(n: int, parts: Callable[[], Iterable[torch.Tensor]]) -> torch.Tens
 def attention_entropy(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, mask: Mask) -> torch.Tensor:
     """How widely each head looks, (B, H): the entropy of its softmax in nats, the mean over all queries.
 
-    Raises ValueError for a mask that is neither "causal" nor a tensor, as sdpa takes them.
+    Raises UserError for a mask that is neither "causal" nor a tensor, as sdpa takes them.
     """
     if not isinstance(mask, torch.Tensor) and mask != "causal":
-        raise ValueError(f"probe_freq: knows no attention entropy for a mask of type {type(mask).__name__}; set null")
+        raise UserError(f"probe_freq: knows no attention entropy for a mask of type {type(mask).__name__}; set null")
     n_batch, n_queries, n_heads, head_dim = q_BTHD.shape
     n_keys, n_groups = k_BSGD.shape[1:3]
     q = q_BTHD.float().unflatten(2, (n_groups, -1)) * head_dim**-0.5

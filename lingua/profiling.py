@@ -32,6 +32,7 @@ import orjson
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lingua.errors import UserError
 from lingua.flops import known_peak, measured_peak, synchronize
 from lingua.watch import silent_stderr
 
@@ -62,27 +63,27 @@ class ProfilingArgs:
 
 
 def validate_profiling_args(args: ProfilingArgs, steps: int) -> None:
-    """Raises ValueError, one line that names the key, for windows that a run of so many steps cannot have."""
+    """Raises UserError, one line that names the key, for windows that a run of so many steps cannot have."""
     for name in ("mem_warmup", "mem_steps", "profile_warmup", "profile_steps"):
         if getattr(args, name) < 0:
-            raise ValueError(f"profiling.{name}: {getattr(args, name)} is negative, it must be 0 or more")
+            raise UserError(f"profiling.{name}: {getattr(args, name)} is negative, it must be 0 or more")
     if not args.run:
         return
     if not args.trace_folder:
-        raise ValueError("profiling.trace_folder: not set; name a folder for the traces, such as profiling")
+        raise UserError("profiling.trace_folder: not set; name a folder for the traces, such as profiling")
     windows = [("mem", args.mem_warmup, args.mem_steps), ("profile", args.profile_warmup, args.profile_steps)]
     windows = sorted((warmup, n_steps, name) for name, warmup, n_steps in windows if n_steps)
     if not windows:
-        raise ValueError("profiling.run: true, but mem_steps and profile_steps are both 0; set one of them, or false")
+        raise UserError("profiling.run: true, but mem_steps and profile_steps are both 0; set one of them, or false")
     for warmup, _, name in windows:
         if warmup >= steps:
-            raise ValueError(
+            raise UserError(
                 f"profiling.{name}_warmup: {warmup} leaves nothing to be seen of a run of steps={steps}; lower it, or "
                 f"set {name}_steps=0"
             )
     if len(windows) == 2 and sum(windows[0][:2]) > windows[1][0]:
         (warmup, n_steps, first), (later, _, second) = windows
-        raise ValueError(
+        raise UserError(
             f"profiling.{second}_warmup: {later} begins within the {n_steps} steps behind {first}_warmup={warmup}, and "
             f"one recording slows the other; set it to {warmup + n_steps} or more"
         )

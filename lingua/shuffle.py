@@ -46,6 +46,7 @@ from lingua.documents import (
     join,
     read_part,
 )
+from lingua.errors import UserError
 
 FORMAT = 1  # of the work folder and the manifest; another one is another order or layout
 MAGIC = b"lingua.1"
@@ -196,7 +197,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             part.unlink()
         if isinstance(error, OSError):
-            raise ValueError(
+            raise UserError(
                 f"{path.parent}: cannot write: {error.strerror or error}; started again it goes on from here"
             ) from None
         raise
@@ -224,7 +225,7 @@ def uploading(url: str) -> Iterator[IO[bytes]]:
             raise
         stream.close()
     except OSError as error:
-        raise ValueError(f"{url}: cannot write: {error}; started again it goes on from here") from None
+        raise UserError(f"{url}: cannot write: {error}; started again it goes on from here") from None
 
 
 def _write_in_order(
@@ -360,13 +361,13 @@ def _write_run(
 
 
 def read_runs(file: Path, unit: int) -> list[Run]:
-    """Those of a unit's file. Raises ValueError where it is not whole."""
+    """Those of a unit's file. Raises UserError where it is not whole."""
     with open(file, "rb") as stream:
         stream.seek(-min(16, file.stat().st_size), os.SEEK_END)
         tail = stream.read()
         length, magic = struct.unpack("<Q8s", tail) if len(tail) == 16 else (0, b"")
         if magic != MAGIC:
-            raise ValueError(f"{file}: damaged; remove it and start again")
+            raise UserError(f"{file}: damaged; remove it and start again")
         stream.seek(-16 - length, os.SEEK_END)
         return [Run(unit, *run) for run in json.loads(stream.read(length))]
 
@@ -409,10 +410,10 @@ class Index:
             while len(view):
                 n = os.preadv(self._fd, [view], start)
                 if not n:
-                    raise ValueError(f"{file}: cut off; remove {self.plan.work} and start again")
+                    raise UserError(f"{file}: cut off; remove {self.plan.work} and start again")
                 view, start = view[n:], start + n
         except OSError as error:
-            raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
     def _array(self, run: Run, start: int, n: int) -> np.ndarray:
         values = np.empty(n, dtype="<u8")
@@ -497,12 +498,12 @@ class Totals(NamedTuple):
 
 
 def choose_n_validation(wanted: int | None, n_documents: int, nchunks: int) -> int:
-    """Raises ValueError where that leaves a chunk empty."""
+    """Raises UserError where that leaves a chunk empty."""
     n_validation = wanted if wanted is not None else min(DEFAULT_VALIDATION, max(1, n_documents // 100))
     if n_documents - n_validation < nchunks:
         enough = n_documents - n_validation
         instead = f"use --nchunks {enough}" if enough > 0 else "get more text"
-        raise ValueError(
+        raise UserError(
             f"{n_documents} documents are too few for {nchunks} chunks and {n_validation} documents for validation; "
             f"{instead}"
         )
@@ -549,12 +550,12 @@ def read_skipped(plan: Plan) -> Skipped:
 
 
 def save_cuts(plan: Plan) -> None:
-    """After pass 1. Raises ValueError where there are too few documents."""
+    """After pass 1. Raises UserError where there are too few documents."""
     runs = [run for unit in range(len(plan.units())) for run in read_runs(plan.unit_file(unit), unit)]
     skipped = read_skipped(plan)
     totals = Totals(sum(run.documents for run in runs), sum(run.bytes for run in runs), skipped.count)
     if not totals.documents and skipped.count:
-        raise ValueError(f"{plan.name}: nothing is left: all {skipped.count} documents are skipped: {skipped.first[0]}")
+        raise UserError(f"{plan.name}: nothing is left: all {skipped.count} documents are skipped: {skipped.first[0]}")
     cuts = Cuts(runs, cut_chunks(plan, runs, totals), totals)
     write_whole(Path(plan.work, "cuts.json"), json.dumps(cuts._asdict()).encode())
 
@@ -621,7 +622,7 @@ class Gather:
         self.index.close()
         for sink, expected in ((validation, cut.validation), (training, cut.documents - cut.validation)):
             if sink.lines != expected:
-                raise ValueError(f"{plan.work}: {sink.lines} lines where {expected} belong; remove it and start again")
+                raise UserError(f"{plan.work}: {sink.lines} lines where {expected} belong; remove it and start again")
         counts = {"training": [training.lines, training.bytes], "validation": [validation.lines, validation.bytes]}
         write_whole(plan.staged(chunk, "json"), json.dumps(counts).encode())
         return cut.documents

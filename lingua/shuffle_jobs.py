@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from lingua import shuffle
 from lingua.args import first_line
 from lingua.documents import InputFile
+from lingua.errors import UserError
 from lingua.shuffle import Plan
 from lingua.shuffle_output import (
     begin,
@@ -158,7 +159,7 @@ def _clock(seconds: float) -> str:
 
 
 def run_here(kind: str, tasks: list[int], plan: Plan, resources: Resources, on_progress: OnProgress) -> None:
-    """Works on all of `tasks`. Raises ValueError for what is wrong with data, disk or a worker."""
+    """Works on all of `tasks`. Raises UserError for what is wrong with data, disk or a worker."""
     n_workers = resources.n_workers(len(tasks), plan.files)
     if not n_workers:
         return
@@ -205,10 +206,10 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             code = self.process.wait()
         if code >= 0:
-            raise ValueError(f"a worker ended with exit code {code}; see its message above")
+            raise UserError(f"a worker ended with exit code {code}; see its message above")
         name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
         memory = "; out of memory? give less MEMORY, or use fewer workers" if name == "SIGKILL" else ""
-        raise ValueError(f"a worker was killed by {name}{memory} (started again it goes on from here)")
+        raise UserError(f"a worker was killed by {name}{memory} (started again it goes on from here)")
 
     def close(self) -> None:
         self.process.kill()
@@ -233,7 +234,7 @@ def _run_processes(
                 worker = workers[connection]
                 what, *values = worker.receive()
                 if what == "error":
-                    raise ValueError(values[0])
+                    raise UserError(values[0])
                 if what == "crash":
                     raise RuntimeError(values[0])
                 done, documents = values
@@ -277,7 +278,7 @@ def serve(fd: int) -> None:
             connection.send(("done", 1.0, documents))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # who started this is gone
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         fail("error", " ".join(str(error).split()))
     except MemoryError:
         fail("error", "a worker is out of memory; give less MEMORY, or use fewer workers")
@@ -288,7 +289,7 @@ def serve(fd: int) -> None:
 def _load_plan(work: str) -> Plan:
     plan = Plan.load(work)
     if plan is None:
-        raise ValueError(f"{work}: no plan there; another process removed it")
+        raise UserError(f"{work}: no plan there; another process removed it")
     return plan
 
 
@@ -296,12 +297,12 @@ def _load_plan(work: str) -> Plan:
 
 
 def check_memory(memory: int) -> None:
-    """Raises ValueError where this machine has less than `memory` bytes."""
+    """Raises UserError where this machine has less than `memory` bytes."""
     import psutil
 
     total = psutil.virtual_memory().total
     if memory > total:
-        raise ValueError(f"MEMORY {memory / 1e9:g}: this machine has {total / 1e9:.1f} GB; it works with less, too")
+        raise UserError(f"MEMORY {memory / 1e9:g}: this machine has {total / 1e9:.1f} GB; it works with less, too")
 
 
 class ShareOfTasks:
@@ -335,7 +336,7 @@ def run_on_cluster(
     on_progress: OnProgress,
     say: Callable[[str], None],
 ) -> None:
-    """Works on all of `tasks` by a job array, and waits for it. Raises ValueError where a job fails, with its log.
+    """Works on all of `tasks` by a job array, and waits for it. Raises UserError where a job fails, with its log.
 
     Jobs of a run that was killed may go on beside these: what both write is the same.
     """
@@ -347,7 +348,7 @@ def run_on_cluster(
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster.kind)
     except RuntimeError as error:
-        raise ValueError(f"no SLURM here: {error}") from None
+        raise UserError(f"no SLURM here: {error}") from None
     slurm = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
     # Whole GB, and one for what Python and the filesystem take beside it.
     memory = {"mem_gb": -(-resources.memory // 10**9) + 1} if _counts_memory(cluster) else {}
@@ -366,7 +367,7 @@ def run_on_cluster(
         with executor.batch():
             jobs = [executor.submit(share) for share in shares]
     except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
-        raise ValueError(f"the job array cannot be submitted: {' '.join(str(error).split())}") from None
+        raise UserError(f"the job array cannot be submitted: {' '.join(str(error).split())}") from None
     if cluster.kind == "slurm":
         array = jobs[0].job_id.split("_")[0]
         time.sleep(1)  # until SLURM has looked at it
@@ -389,7 +390,7 @@ def _minutes(cluster: Cluster) -> int:
         return cluster.minutes or 1440
     longest = partition_minutes(cluster.partition)
     if cluster.minutes is not None and cluster.minutes > longest:
-        raise ValueError(f"--slurm_time {cluster.minutes}: more than the {longest:g} minutes of the partition")
+        raise UserError(f"--slurm_time {cluster.minutes}: more than the {longest:g} minutes of the partition")
     return cluster.minutes or int(min(longest, 30 * 1440))
 
 
@@ -416,20 +417,18 @@ def _wait_for_jobs(
         for job in [job for job in running if job.paths.result_pickle.exists()]:
             running.remove(job)
             if (error := job.exception()) is not None:
-                raise ValueError(f"job {job.job_id} failed: {_reason(error)}; its log is {job.paths.stderr}")
+                raise UserError(f"job {job.job_id} failed: {_reason(error)}; its log is {job.paths.stderr}")
         now = time.monotonic()
         if left and now - asked >= QUEUE_SECONDS:
             asked = now
             for job in running:
                 if _is_gone(job, cluster) and now - ended.setdefault(job.job_id, now) >= LISTING_SECONDS:
-                    raise ValueError(
+                    raise UserError(
                         f"job {job.job_id} ended without a result: cancelled, out of memory or over its time? its log "
                         f"is {job.paths.stderr} (started again it goes on from here)"
                     )
             if not running and now - ended.setdefault("all", now) >= LISTING_SECONDS:
-                raise ValueError(
-                    f"{plan.work}: all jobs ended, and {len(left)} of their files cannot be seen from here"
-                )
+                raise UserError(f"{plan.work}: all jobs ended, and {len(left)} of their files cannot be seen from here")
         if left:
             time.sleep(POLL_SECONDS)
 
@@ -477,10 +476,10 @@ def run(
     """Shuffles, or goes on with a shuffle that was stopped; the manifest of what is in `plan.out` then.
 
     `source`: what the manifest tells of where the files are from; `say`: for what the user should know. Raises
-    ValueError, one line, for what is wrong with files, disk, memory or jobs, or with what there is in `plan.out`.
+    UserError, one line, for what is wrong with files, disk, memory or jobs, or with what there is in `plan.out`.
     """
     if sum(file.size for file in plan.files) == 0:
-        raise ValueError(f"{plan.name}: all {len(plan.files)} files are empty")
+        raise UserError(f"{plan.name}: all {len(plan.files)} files are empty")
     wanted = {"seed": plan.seed, "nchunks": plan.nchunks, "n_validation": plan.n_validation}
     wanted |= {"inputs": [[f.name, f.size] for f in plan.files]} | of_documents(plan.on_error, plan.columns)
     manifest = find_result(plan.out, plan.name, wanted)

@@ -22,13 +22,14 @@ import numpy as np
 
 from lingua.args import check_writable
 from lingua.documents import InputFile, estimate_expansion, filesystem, is_remote, join
+from lingua.errors import UserError
 from lingua.shuffle import FORMAT, Plan, Totals, uploading, write_whole, writing
 from lingua.sources import TRAIN_FILES, VALIDATION_FILES
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a folder, which it makes; who is killed lets go of it. Raises ValueError where another one holds it.
+    """Holds a folder, which it makes; who is killed lets go of it. Raises UserError where another one holds it.
 
     The folder goes when there is nothing in it at the end, with those around it that were made for it.
     """
@@ -38,7 +39,7 @@ def lock(folder: Path) -> Iterator[None]:
         file = folder / "lock"
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,7 +47,7 @@ def lock(folder: Path) -> Iterator[None]:
             if not file.exists() or os.fstat(handle).st_ino != file.stat().st_ino:
                 raise BlockingIOError
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process works here; wait for it, or end it") from None
+            raise UserError(f"{folder}: another process works here; wait for it, or end it") from None
         except OSError:
             pass  # a network filesystem without locks
         try:
@@ -74,7 +75,7 @@ def _read(path: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def _sizes(folder: str) -> dict[str, int]:
@@ -86,7 +87,7 @@ def _sizes(folder: str) -> dict[str, int]:
         except FileNotFoundError:
             listed = {}
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be listed: {error}") from None
+            raise UserError(f"{folder}: cannot be listed: {error}") from None
     else:
         listed = {path.name: path.stat().st_size for path in Path(folder).glob("*") if path.is_file()}
     return {
@@ -99,7 +100,7 @@ def _sizes(folder: str) -> dict[str, int]:
 def find_result(out: str, name: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of what lies in `out`, if it is whole and was made with `wanted`; None where there is none.
 
-    Raises ValueError where it was made with something else, or its files are not as they were written.
+    Raises UserError where it was made with something else, or its files are not as they were written.
     """
     content = _read(manifest_path(out, name))
     if content is None:
@@ -108,18 +109,18 @@ def find_result(out: str, name: str, wanted: dict[str, Any]) -> dict[str, Any] |
         manifest = {"columns": None, "skipped": 0, **json.loads(content)}
         files = {file: facts["bytes"] for file, facts in manifest["files"].items()}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{manifest_path(out, name)}: not a manifest; remove the folder to make it anew") from None
+        raise UserError(f"{manifest_path(out, name)}: not a manifest; remove the folder to make it anew") from None
     for key, value in {"format": FORMAT, **wanted}.items():
         if manifest.get(key) != value:
             then, now = map(_brief, (manifest.get(key), value))
-            raise ValueError(
+            raise UserError(
                 f"{out}: made with {key} {then}, wanted {now}; remove the folder to make it anew, or name another one"
             )
     found = _sizes(out)
     wrong = [file for file in {**files, **found} if files.get(file) != found.get(file)]
     if wrong:
         sizes = (f"{found[wrong[0]]} bytes" if wrong[0] in found else "missing", files.get(wrong[0], "no such file"))
-        raise ValueError(
+        raise UserError(
             f"{join(out, wrong[0])}: {sizes[0]}, but the manifest tells of {sizes[1]}; remove the folder to make it "
             "anew"
         )
@@ -132,10 +133,10 @@ def _brief(value: Any) -> str:
 
 
 def check_no_strangers(plan: Plan) -> None:
-    """Raises ValueError where there are chunk files that a loader would take for ours."""
+    """Raises UserError where there are chunk files that a loader would take for ours."""
     found = _sizes(plan.out)
     if found:
-        raise ValueError(
+        raise UserError(
             f"{plan.out}: holds {len(found)} chunk or validation files ({next(iter(found))}) of something else, or of "
             "a run that was given up; remove them"
         )
@@ -148,7 +149,7 @@ def text_bytes(files: tuple[InputFile, ...], columns: tuple[str, ...] | None = N
 
 
 def check_disk(*writes: tuple[str, float]) -> None:
-    """`writes`: folders and the bytes that each will get. Raises ValueError where a disk has less than that free."""
+    """`writes`: folders and the bytes that each will get. Raises UserError where a disk has less than that free."""
     needed: dict[int, tuple[str, float]] = {}
     for folder, size in writes:
         existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
@@ -159,7 +160,7 @@ def check_disk(*writes: tuple[str, float]) -> None:
 
 
 def check_space(plan: Plan, expected: float) -> None:
-    """Raises ValueError where the disk has no room for what is not written yet; `expected`: bytes of all documents."""
+    """Raises UserError where the disk has no room for what is not written yet; `expected`: bytes of all documents."""
     if is_publishing(plan):
         return
     writes = [(plan.work, expected - _bytes_in(plan.units_folder))]
@@ -192,7 +193,7 @@ def begin(plan: Plan, say: Callable[[str], None]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be made: {error.strerror}") from None
+            raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     if earlier != plan:
         plan.save()
 
@@ -226,15 +227,15 @@ def remove_parts(plan: Plan) -> None:
 
 
 def check_unchanged(files: tuple[InputFile, ...], say: Callable[[str], None]) -> None:
-    """Raises ValueError where a local file has another size than when it was listed; says so of another time only."""
+    """Raises UserError where a local file has another size than when it was listed; says so of another time only."""
     for file in files:
         if not is_remote(file.path):
             try:
                 status = os.stat(file.path)
             except OSError as error:
-                raise ValueError(f"{file.path}: {error.strerror}") from None
+                raise UserError(f"{file.path}: {error.strerror}") from None
             if status.st_size != file.size:
-                raise ValueError(f"{file.path}: changed while it was read; start again when it is whole")
+                raise UserError(f"{file.path}: changed while it was read; start again when it is whole")
             if str(status.st_mtime_ns) != file.stamp:
                 say(f"{file.path}: its time has changed while it was read, but not its size; taken as the same")
 
@@ -242,7 +243,7 @@ def check_unchanged(files: tuple[InputFile, ...], say: Callable[[str], None]) ->
 def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any]:
     """Puts chunks and validation in their places, checks that all is there, writes the manifest, removes the work.
 
-    Raises ValueError where what went in is not what came out.
+    Raises UserError where what went in is not what came out.
     """
     counts = [json.loads(plan.staged(chunk, "json").read_bytes()) for chunk in range(plan.nchunks)]
     files: dict[str, dict[str, int]] = {}
@@ -270,7 +271,7 @@ def publish(plan: Plan, source: dict[str, Any], totals: Totals) -> dict[str, Any
     found = _sizes(plan.out)
     out = Totals(sum(facts["documents"] for facts in files.values()), sum(found.values()))
     if out[:2] != totals[:2] or found != {file: facts["bytes"] for file, facts in files.items()}:
-        raise ValueError(
+        raise UserError(
             f"{plan.out}: {totals.documents} documents and {totals.bytes} bytes went in, {out.documents} and "
             f"{out.bytes} came out; remove it and start again"
         )

@@ -14,6 +14,8 @@ import time
 import zlib
 from datetime import datetime
 
+from lingua.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # Seconds before a job's end at which SLURM sends USR2 (`--signal` in what lingua.stool submits), and by which it may be
@@ -36,7 +38,7 @@ def in_job() -> bool:
 def find_ranks() -> tuple[int, int, int] | None:
     """(rank, local rank, number of ranks) of a process that `srun` started; None for any other.
 
-    Raises ValueError where SLURM's variables say no numbers.
+    Raises UserError where SLURM's variables say no numbers.
     """
     if not in_job() or "SLURM_PROCID" not in os.environ:
         return None
@@ -48,10 +50,10 @@ def find_ranks() -> tuple[int, int, int] | None:
     names = ("SLURM_PROCID", "SLURM_LOCALID", size)
     for name in names:
         if not os.environ.get(name, "").isdecimal():
-            raise ValueError(f"{name}: no number in the environment, though SLURM_JOB_ID is set; start with srun")
+            raise UserError(f"{name}: no number in the environment, though SLURM_JOB_ID is set; start with srun")
     rank, local_rank, n_ranks = (int(os.environ[name]) for name in names)
     if rank >= n_ranks:
-        raise ValueError(f"SLURM_PROCID: rank {rank} of {n_ranks} tasks ({size}); start with srun")
+        raise UserError(f"SLURM_PROCID: rank {rank} of {n_ranks} tasks ({size}); start with srun")
     return rank, local_rank, n_ranks
 
 
@@ -73,12 +75,12 @@ def first_host(nodes: str) -> str:
 def meeting_point() -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT for the ranks of this step: its first node, and a port that follows from the job.
 
-    Raises ValueError without a list of nodes.
+    Raises UserError without a list of nodes.
     """
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     host = next((first_host(os.environ[name]) for name in names if os.environ.get(name)), "")
     if not host:
-        raise ValueError("SLURM_JOB_NODELIST: not in the environment, though SLURM_JOB_ID is set; start with srun")
+        raise UserError("SLURM_JOB_NODELIST: not in the environment, though SLURM_JOB_ID is set; start with srun")
     # Jobs that share a node, steps of one job, and its starts, meet at ports of their own.
     names = ("SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     step = ".".join([os.environ["SLURM_JOB_ID"], *(os.environ.get(name, "0") for name in names)])
@@ -154,7 +156,7 @@ def _ask_until(deadline: float, *command: str) -> str:
 def partition_minutes(partition: str | None = None) -> float:
     """The longest time of a job in a partition (None: the default one); infinity where there is no limit.
 
-    Raises ValueError for a partition that SLURM does not have, OSError where SLURM does not answer.
+    Raises UserError for a partition that SLURM does not have, OSError where SLURM does not answer.
     """
     wanted = [] if partition is None else [f"--partition={partition}"]
     listed = ask_slurm("sinfo", "--noheader", *wanted, "--format=%P %l").split("\n")
@@ -163,7 +165,7 @@ def partition_minutes(partition: str | None = None) -> float:
         limits = [line for line in limits if line[0].endswith("*")] or limits
     if not limits:
         known = ", ".join(sorted(set(ask_slurm("sinfo", "--noheader", "--format=%R").split())))
-        raise ValueError(f"partition: SLURM has no '{partition}'; it has {known}")
+        raise UserError(f"partition: SLURM has no '{partition}'; it has {known}")
 
     def minutes(limit: str) -> float:
         if not re.fullmatch(r"[\d:-]+", limit):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from lingua.errors import UserError
 from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,13 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
-    """The files of one source, sorted by name. Raises ValueError where the folder or the files are missing."""
+    """The files of one source, sorted by name. Raises UserError where the folder or the files are missing."""
     folder = Path(root_dir) / source
     if not folder.is_dir():
-        raise ValueError(f"data.sources.{source}: no folder '{folder}' (data.sources.{source}=0 leaves it out)")
+        raise UserError(f"data.sources.{source}: no folder '{folder}' (data.sources.{source}=0 leaves it out)")
     files = matching_files(folder, pattern)
     if not files:
-        raise ValueError(f"data.sources.{source}: no files named {pattern} in '{folder}'")
+        raise UserError(f"data.sources.{source}: no files named {pattern} in '{folder}'")
     return files
 
 
@@ -57,21 +58,21 @@ def find_files(root_dir: str, source: str, pattern: str) -> list[Path]:
 def parse_document(line: bytes, path: Path, number: int) -> str:
     """The text of one JSONL line (`number` counts from 1): its "text", or its "content" where that is missing or null.
 
-    Raises ValueError that names file and line.
+    Raises UserError that names file and line.
     """
     where = f"{path}:{number}"
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
-        raise ValueError(f"{where}: not a line of JSON ({error})") from None
+        raise UserError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(document, dict):
-        raise ValueError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
+        raise UserError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
     keys = [key for key in ("text", "content") if key in document]
     for key in [key for key in keys if document[key] is not None] or keys:
         if not isinstance(document[key], str):
-            raise ValueError(f'{where}: "{key}" is of type {type(document[key]).__name__}; wanted a string')
+            raise UserError(f'{where}: "{key}" is of type {type(document[key]).__name__}; wanted a string')
         return document[key]
-    raise ValueError(f'{where}: neither "text" nor "content" among its keys {str(sorted(document))[:200]}')
+    raise UserError(f'{where}: neither "text" nor "content" among its keys {str(sorted(document))[:200]}')
 
 
 class Place(NamedTuple):
@@ -100,12 +101,12 @@ class Faults:
     def tell(self, problem: str) -> None:
         """Of what costs no document by itself."""
         if not self.are_skipped:
-            raise ValueError(problem)
+            raise UserError(problem)
         logger.warning("%s", problem)
 
     def skip(self, problem: str) -> None:
         if not self.are_skipped:
-            raise ValueError(f"{problem} (data.on_error=skip leaves it out)")
+            raise UserError(f"{problem} (data.on_error=skip leaves it out)")
         self.n_skipped += 1
         self._n_met += 1
         if self._is_told and (self._n_met <= FAULTS_TOLD or math.log10(self._n_met).is_integer()):
@@ -126,28 +127,28 @@ def read_line(file: BinaryIO) -> tuple[bytes, int]:
 
 
 def read_document(line: bytes, size: int, place: Place) -> str:
-    """The text of what `read_line` gave. Raises ValueError that names file, line and byte."""
+    """The text of what `read_line` gave. Raises UserError that names file, line and byte."""
     if size > len(line):
-        raise ValueError(place.tell(f"a line of {size:,} bytes, more than the {MAX_LINE_BYTES:,} that can be read"))
+        raise UserError(place.tell(f"a line of {size:,} bytes, more than the {MAX_LINE_BYTES:,} that can be read"))
     try:
         return parse_document(line, place.path, place.number)
     except ValueError as error:
-        raise ValueError(f"{error}; the line begins at byte {place.offset}") from None
+        raise UserError(f"{error}; the line begins at byte {place.offset}") from None
 
 
 def encode_document(tokenizer: Tokenizer, text: str, add_bos: bool, add_eos: bool) -> list[int]:
-    """Its tokens. Raises ValueError, one line without the place, for whatever goes wrong in the tokenizer."""
+    """Its tokens. Raises UserError, one line without the place, for whatever goes wrong in the tokenizer."""
     try:
         return tokenizer.encode(text, add_bos, add_eos)
     except BaseException as error:  # where code in Rust panics it is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"the tokenizer fails on this document ({problem})") from None
+        raise UserError(f"the tokenizer fails on this document ({problem})") from None
 
 
 def read_documents(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, Place]]:
-    """All texts of one JSONL file, and where they stand. What is no document goes to `faults`, or raises ValueError."""
+    """All texts of one JSONL file, and where they stand. What is no document goes to `faults`, or raises UserError."""
     faults = faults or Faults("stop")
     number = offset = 0
     with open(path, "rb") as file:
@@ -201,9 +202,9 @@ def share_all(files: list[Path]) -> list[Share]:
     return [Share(path, 0, 1, 1) for path in files]
 
 
-def no_documents(source: str, files: list[Path]) -> ValueError:
+def no_documents(source: str, files: list[Path]) -> UserError:
     names = ", ".join(map(str, files))
-    return ValueError(
+    return UserError(
         f"data.sources.{source}: no documents for this rank in {names}; give it text, or leave it out with "
         f"data.sources.{source}=0"
     )

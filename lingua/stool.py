@@ -55,6 +55,7 @@ from lingua.args import (
     write_whole,
 )
 from lingua.distributed import run_main, validate_environment
+from lingua.errors import UserError
 from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm, partition_minutes, scratch_variables, why_waiting
 
 CONFIG_FILE, SCRIPT_FILE, CODE_FOLDER = "base_config.yaml", "submit.slurm", "code"
@@ -162,14 +163,14 @@ class _AnyScript:
 def args_of_script(script: str) -> type | None:
     """The dataclass of a script's config, where its module says so (`ARGS = TrainArgs`).
 
-    Only such a module is imported: others may do their work on being imported. Raises ValueError without the module.
+    Only such a module is imported: others may do their work on being imported. Raises UserError without the module.
     """
     try:
         spec = importlib.util.find_spec(script) if re.fullmatch(r"\w+(\.\w+)*", script) else None
     except ImportError:
         spec = None
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise UserError(
             f"script: there is no module {script!r} (from {os.getcwd()}); wanted one such as apps.main.train"
         )
     if not re.search(r"^ARGS = \w", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE):
@@ -187,11 +188,11 @@ def read_config(config: Any) -> DictConfig:
         config = {**config, "dump_dir": os.fspath(config["dump_dir"])}
     if isinstance(config, (Mapping, DictConfig)):
         return OmegaConf.create(config)
-    raise ValueError("config: not set; name the YAML file for the script to read")
+    raise UserError("config: not set; name the YAML file for the script to read")
 
 
 def flatten_sweep(values: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
-    """Dotted keys and their lists of values. Raises ValueError where there is no list, or an empty one."""
+    """Dotted keys and their lists of values. Raises UserError where there is no list, or an empty one."""
     flat: dict[str, list[Any]] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -200,7 +201,7 @@ def flatten_sweep(values: Mapping[str, Any], prefix: str = "") -> dict[str, list
         elif isinstance(value, list | tuple) and value and not any(isinstance(one, Mapping) for one in value):
             flat[key] = [one.item() if hasattr(one, "item") else one for one in value]  # numpy's numbers as Python's
         else:
-            raise ValueError(
+            raise UserError(
                 f"sweep.{key}: '{value}' where a list of single values is wanted, such as sweep.optim.lr=[1e-4,3e-4]"
             )
     return flat
@@ -211,13 +212,13 @@ def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
     config = read_config(args.config)
     folder = OmegaConf.select(config, "dump_dir")
     if not folder or not isinstance(folder, str):
-        raise ValueError("dump_dir: not set in the config; name the folder for checkpoints and logs, dump_dir=...")
+        raise UserError("dump_dir: not set in the config; name the folder for checkpoints and logs, dump_dir=...")
     root = Path(os.path.expanduser(folder)).absolute()
     if "\0" in folder:
-        raise ValueError("dump_dir: no folder's name has a zero byte in it")
+        raise UserError("dump_dir: no folder's name has a zero byte in it")
     sweep = flatten_sweep(args.sweep)
     if "dump_dir" in sweep:
-        raise ValueError("sweep.dump_dir: follows from the sweep; leave it out")
+        raise UserError("sweep.dump_dir: follows from the sweep; leave it out")
     combinations = list(itertools.product(*([(key, value) for value in values] for key, values in sweep.items())))
     runs = []
     for number, combination in enumerate(combinations):
@@ -234,29 +235,29 @@ def plan_runs(args: StoolArgs) -> tuple[Path, list[Run]]:
         runs.append(run)
     paths = [OmegaConf.select(run.config, "checkpoint.path") for run in runs]
     if len(runs) > 1 and None not in paths and len(set(paths)) < len(paths):
-        raise ValueError(f"checkpoint.path: '{paths[0]}' for several runs of the sweep; leave it out")
+        raise UserError(f"checkpoint.path: '{paths[0]}' for several runs of the sweep; leave it out")
     return root, runs
 
 
 def validate_stool_args(args: StoolArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     if args.launcher not in ("sbatch", "bash"):
-        raise ValueError(f"launcher: {args.launcher!r} is neither sbatch nor bash")
+        raise UserError(f"launcher: {args.launcher!r} is neither sbatch nor bash")
     for name, least in (("ngpu", 0), ("ncpu", 1)):
         if getattr(args, name) < least:
-            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be {least} or more")
+            raise UserError(f"{name}: {getattr(args, name)} is too small, it must be {least} or more")
     for name, what in (("nodes", "one node, or the allocation's"), ("time", "the partition's maximum")):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
-            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more, or -1 for {what}")
+            raise UserError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more, or -1 for {what}")
     for name in (*_OPTIONAL, "partition"):
         if re.search(r"[\x00-\x1f\x7f]", getattr(args, name)):
-            raise ValueError(f"{name}: {getattr(args, name)!r} has a line break or another control character in it")
+            raise UserError(f"{name}: {getattr(args, name)!r} has a line break or another control character in it")
     if not args.partition:
-        raise ValueError("partition: empty; name one of those that `sinfo` lists")
+        raise UserError("partition: empty; name one of those that `sinfo` lists")
     if args.override and args.dirs_exists_ok:
-        raise ValueError("override: set together with dirs_exists_ok; one deletes what is there, the other keeps it")
+        raise UserError("override: set together with dirs_exists_ok; one deletes what is there, the other keeps it")
     if args.launcher == "bash" and args.sweep:
-        raise ValueError("launcher: bash runs one job at a time, and a sweep is several; use sbatch")
+        raise UserError("launcher: bash runs one job at a time, and a sweep is several; use sbatch")
 
 
 # --- the job script ------------------------------------------------------------------------------------------------
@@ -269,12 +270,12 @@ def _directive(option: str, value: object) -> str:
 
 
 def time_limit(args: StoolArgs) -> int | str | None:
-    """Minutes of the job, or UNLIMITED; None where nobody knows. Raises ValueError for more than the partition has."""
+    """Minutes of the job, or UNLIMITED; None where nobody knows. Raises UserError for more than the partition has."""
     if args.launcher != "sbatch" or shutil.which("sinfo") is None:
         return None if args.time == -1 else args.time
     longest = partition_minutes(args.partition)
     if args.time > longest:
-        raise ValueError(f"time: {args.time} minutes are more than the {longest:g} of partition '{args.partition}'")
+        raise UserError(f"time: {args.time} minutes are more than the {longest:g} of partition '{args.partition}'")
     if args.time != -1:
         return args.time
     return "UNLIMITED" if longest == math.inf else int(longest)
@@ -311,7 +312,7 @@ def _find_conda() -> str | None:
 
 
 def find_environment(environment: str) -> Path:
-    """The folder of the Python environment that `anaconda` names. Raises ValueError where there is none."""
+    """The folder of the Python environment that `anaconda` names. Raises UserError where there is none."""
     if environment == "default":
         return Path(sys.prefix)
     prefix = Path(environment).absolute()
@@ -324,9 +325,9 @@ def find_environment(environment: str) -> Path:
             names = {Path(folder).name: Path(folder) for folder in reversed(info["envs"])}
             prefix = {**names, "base": Path(info["root_prefix"])}.get(environment, prefix)
     elif not prefix.is_dir():
-        raise ValueError("anaconda: there is no conda on the PATH; name a venv's folder, or leave it out")
+        raise UserError("anaconda: there is no conda on the PATH; name a venv's folder, or leave it out")
     if not os.access(prefix / "bin" / "python", os.X_OK):
-        raise ValueError(
+        raise UserError(
             f"anaconda: {environment!r} is neither a folder with bin/python nor an environment that conda has"
         )
     return prefix
@@ -345,16 +346,16 @@ def activation(prefix: Path) -> list[str]:
 
 
 def check_copy(code: Path, prefix: Path) -> None:
-    """Raises ValueError where a copy of the code cannot be put before the folder that the job runs in."""
+    """Raises UserError where a copy of the code cannot be put before the folder that the job runs in."""
     if os.pathsep in str(code):
-        raise ValueError(f"copy_code: cannot be with '{os.pathsep}' in dump_dir; set copy_code=false, or change that")
+        raise UserError(f"copy_code: cannot be with '{os.pathsep}' in dump_dir; set copy_code=false, or change that")
     version = sys.version_info[:2]
     if prefix != Path(sys.prefix):
         asked = [prefix / "bin" / "python", "-c", "import sys; print(*sys.version_info[:2])"]
         told = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE).stdout.split()
         version = tuple(map(int, told)) if len(told) == 2 else (0, 0)
     if version < (3, 11):
-        raise ValueError(f"copy_code: needs Python 3.11 or newer, not that of '{prefix}'; set copy_code=false")
+        raise UserError(f"copy_code: needs Python 3.11 or newer, not that of '{prefix}'; set copy_code=false")
 
 
 def job_script(args: StoolArgs, run: Run, limit: int | str | None, code: Path | None, answers_signals: bool) -> str:
@@ -473,11 +474,11 @@ def list_jobs(folders: Iterable[Path], inside: bool = False, patience: float = P
 
 
 def check_no_job(folder: Path, inside: bool) -> None:
-    """Raises ValueError where a job of this folder (`inside`: or of one in it) is in the queue or runs."""
+    """Raises UserError where a job of this folder (`inside`: or of one in it) is in the queue or runs."""
     jobs = list_jobs([folder], inside)[folder]
     if jobs:
         first = min(jobs)
-        raise ValueError(
+        raise UserError(
             f"dump_dir: job {', '.join(sorted(jobs))} of '{folder}' is waiting or running; `scancel {first}` ends it"
         )
 
@@ -501,9 +502,9 @@ def refuse_secrets_of_run(config: dict[str, Any]) -> None:
 
 
 def check_deletable(root: Path, args: StoolArgs, runs: list[Run]) -> None:
-    """Raises ValueError where `root` is no run of ours, or holds what somebody works with."""
+    """Raises UserError where `root` is no run of ours, or holds what somebody works with."""
     if root.is_symlink() or not is_run(root):
-        raise ValueError(f"override: '{root}' is no run of ours, so it is not deleted; name another dump_dir")
+        raise UserError(f"override: '{root}' is no run of ours, so it is not deleted; name another dump_dir")
     check_no_job(root, inside=True)
     named = [text for run in runs for text in strings_in(OmegaConf.to_container(run.config, resolve=False))]
     if isinstance(args.config, (str, os.PathLike)):
@@ -516,22 +517,22 @@ def check_deletable(root: Path, args: StoolArgs, runs: list[Run]) -> None:
             whole = Path(os.path.abspath(os.path.expanduser(path))).resolve()
             is_named_root = whole == root.resolve() and path not in kept[:4]
             if whole.exists() and whole.is_relative_to(root.resolve()) and not is_named_root:
-                raise ValueError(
+                raise UserError(
                     f"override: '{root}' holds '{path}', which is in use, so it is not deleted; name another dump_dir"
                 )
 
 
 def check_folder(args: StoolArgs, root: Path, runs: list[Run]) -> bool:
-    """Whether what is in `root` is to be deleted. Raises ValueError where neither that nor going on in it will do."""
+    """Whether what is in `root` is to be deleted. Raises UserError where neither that nor going on in it will do."""
     try:
         check_writable("dump_dir", root, ROOM_FOR_FILES)
         if not root.exists() or not any(root.iterdir()):
             return False
     except OSError as error:
-        raise ValueError(f"dump_dir: '{str(root)[:200]}': {error.strerror}") from None
+        raise UserError(f"dump_dir: '{str(root)[:200]}': {error.strerror}") from None
     script = script_of(root) or ("apps.main.train" if (root / "train.log").is_file() else None)
     if script not in (None, args.script) and (script_of(root) or args.script == "apps.main.eval"):
-        raise ValueError(
+        raise UserError(
             f"dump_dir: '{root}' is a run of {script}; name another folder for {args.script}, and what it reads by "
             "its path (ckpt_dir=.../checkpoints/<step>)"
         )
@@ -539,7 +540,7 @@ def check_folder(args: StoolArgs, root: Path, runs: list[Run]) -> bool:
         check_deletable(root, args, runs)
         return True
     if not args.dirs_exists_ok:
-        raise ValueError(
+        raise UserError(
             f"dump_dir: '{root}' is there already; sbatch {shlex.quote(str(root / SCRIPT_FILE))} goes on with a run, "
             "dirs_exists_ok=true submits it anew, override=true deletes it first"
         )
@@ -549,15 +550,15 @@ def check_folder(args: StoolArgs, root: Path, runs: list[Run]) -> bool:
 
 
 def confirm_deletion(folder: Path) -> None:
-    """Raises ValueError unless the answer is yes."""
+    """Raises UserError unless the answer is yes."""
     try:
         answer = input(f"Delete {folder} and all that is in it, checkpoints too? (yes/no) ")
     except EOFError:
-        raise ValueError(
+        raise UserError(
             f"override: asks before '{folder}' is deleted, and nobody answers; delete it yourself"
         ) from None
     if answer.strip().lower() != "yes":
-        raise ValueError(f"override: '{folder}' was not deleted, since the answer was not yes")
+        raise UserError(f"override: '{folder}' was not deleted, since the answer was not yes")
 
 
 def code_roots(script: str) -> list[Path]:
@@ -687,7 +688,7 @@ def launch_job(args: StoolArgs) -> str | None:
     """Writes dump_dir and submits the job; returns its id (None for a dry run). With launcher `bash` it waits for its
     end.
 
-    Raises ValueError or OSError, one line, with nothing left behind that was not there before.
+    Raises UserError or OSError, one line, with nothing left behind that was not there before.
     """
     apart = {"config": args.config, "sweep": args.sweep}
     args = dataclasses.replace(from_dict(StoolArgs, {**vars(args), "config": None, "sweep": {}}, "StoolArgs"), **apart)
@@ -696,7 +697,7 @@ def launch_job(args: StoolArgs) -> str | None:
         with refusing_secrets():
             root, runs = plan_runs(args)
     except OmegaConfBaseException as error:
-        raise ValueError(f"config: {first_line(error)}") from None
+        raise UserError(f"config: {first_line(error)}") from None
     known = args_of_script(args.script)
     for run in runs:
         if known is not None:
@@ -724,7 +725,7 @@ def launch_job(args: StoolArgs) -> str | None:
         print(f"# command\n{shlex.join(command)}")
         return None
     if shutil.which(command[0]) is None:
-        raise ValueError("launcher: there is no sbatch on this machine; log in where SLURM is, or train with torchrun")
+        raise UserError("launcher: there is no sbatch on this machine; log in where SLURM is, or train with torchrun")
     if delete:
         confirm_deletion(root)
     with _Undo(root, delete) as undo:
@@ -772,12 +773,12 @@ def asked_for(args: StoolArgs, limit: int | str | None) -> str:
 def count_nodes(args: StoolArgs) -> int:
     """`nodes`, worked out where it is -1."""
     if args.launcher == "bash" and "SLURM_JOB_ID" not in os.environ:
-        raise ValueError(
+        raise UserError(
             "launcher: bash runs within an allocation; make one with salloc, or submit with launcher=sbatch"
         )
     step = os.environ.get("SLURM_STEP_ID", "")
     if args.launcher == "bash" and step.isdecimal() and int(step) < FIRST_STEP_OF_SLURM:
-        raise ValueError(
+        raise UserError(
             "launcher: bash within a step of srun would wait for what that step holds; run it in a shell of salloc"
         )
     if args.nodes != -1:
@@ -836,7 +837,7 @@ def parse_command_line(argv: list[str]) -> StoolArgs:
     args = dataclasses.replace(args, **texts)
     if len(files) != 1:
         given = f"given {len(files)} times" if files else "not given"
-        raise ValueError(f"config: {given}; name one YAML file for the script to read, config=...")
+        raise UserError(f"config: {given}; name one YAML file for the script to read, config=...")
     kind = args_of_script(args.script)
     overrides = [read_argument(argument, kind or _AnyScript) for argument in argv if not is_own(argument)]
     for override in overrides:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import Optional
 
+from lingua.errors import UserError
+
 N_TIKTOKEN_SPECIALS = 256
 
 # Llama 3's rule for the stretches of text that no token may cross.
@@ -79,7 +81,7 @@ class Tokenizer(ABC):
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Return the ids of `text`, between BOS and EOS where asked for.
 
-        Nothing in `text` becomes a special token, and a lone surrogate counts as "?". Raises ValueError if a BOS or
+        Nothing in `text` becomes a special token, and a lone surrogate counts as "?". Raises UserError if a BOS or
         EOS is asked for that the tokenizer lacks.
         """
 
@@ -88,7 +90,7 @@ class Tokenizer(ABC):
         """Return the text of `tokens`; special ids have none, and bytes that are not UTF-8 become U+FFFD.
 
         `before` are the tokens that precede `tokens`, such as a prompt's. They matter where a model drops the space at
-        the start of a text (sentencepiece's dummy prefix): after other text that space is kept. Raises ValueError for
+        the start of a text (sentencepiece's dummy prefix): after other text that space is kept. Raises UserError for
         an id outside 0..n_words-1.
         """
 
@@ -104,14 +106,14 @@ class Tokenizer(ABC):
         """Return the text of each token, and the offset in `text`, in characters, at which each begins.
 
         `tokens` is an encoding of `text`, with or without BOS and EOS; None stands for `encode(text)`. Tokens that
-        share a character share its offset, and the last of them carries its text. Raises ValueError if `tokens` is
+        share a character share its offset, and the last of them carries its text. Raises UserError if `tokens` is
         not an encoding of `text`.
         """
 
     def _framed(self, tokens: list[int], add_bos: bool, add_eos: bool) -> list[int]:
         for key, wanted, token in (("add_bos", add_bos, self.bos_id), ("add_eos", add_eos, self.eos_id)):
             if wanted and token < 0:
-                raise ValueError(
+                raise UserError(
                     f"data.{key}=true, but the model at data.tokenizer.path has no {key[4:].upper()} token; "
                     f"set data.{key}=false or use a model that has one"
                 )
@@ -121,7 +123,7 @@ class Tokenizer(ABC):
         ids = [int(token) for token in tokens]
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < self.n_words:
-                raise ValueError(f"token id {token} is outside this tokenizer's 0..{self.n_words - 1}")
+                raise UserError(f"token id {token} is outside this tokenizer's 0..{self.n_words - 1}")
         return ids
 
 
@@ -148,7 +150,7 @@ class ByteLevelTokenizer(Tokenizer):
         ids = self.encode(text) if tokens is None else self._checked(tokens)
         parts = [self.token_bytes[token] for token in ids]
         if b"".join(parts) != _utf8(text):
-            raise ValueError("the tokens given are not an encoding of the text given")
+            raise UserError("the tokens given are not an encoding of the text given")
         bounds = list(accumulate(map(len, parts), initial=0))
         return _char_spans(text, bounds[:-1], bounds[1:])
 
@@ -216,10 +218,10 @@ class SentencePieceTokenizer(Tokenizer):
             # From memory: given a path, the library opens the file a second time and has its own way with errors.
             self.model = SentencePieceProcessor(model_proto=data)
         except (RuntimeError, OSError) as error:
-            raise ValueError(damaged) from error
+            raise UserError(damaged) from error
         # Cut between two pieces, the file still parses. Trainer and normalizer settings (2, 3) come after the pieces.
         if not {2, 3} <= {field for field, _ in proto_fields(data)}:
-            raise ValueError(damaged)
+            raise UserError(damaged)
         self.n_words = self.model.vocab_size()
         self.bos_id = self.model.bos_id()
         self.eos_id = self.model.eos_id()
@@ -255,7 +257,7 @@ class SentencePieceTokenizer(Tokenizer):
         if tokens is not None:
             bos, eos = tokens[:1] == [self.bos_id], tokens[-1:] == [self.eos_id]
             if self._framed([piece.get(2, 0) for piece in pieces], bos, eos) != tokens:
-                raise ValueError("the tokens given are not this tokenizer's encoding of the text given")
+                raise UserError("the tokens given are not this tokenizer's encoding of the text given")
             size = len(_utf8(text))
             begins = [0] * bos + begins + [size] * eos
             ends = [0] * bos + ends + [size] * eos
@@ -281,17 +283,17 @@ FILE_KINDS = {"sp": "sentencepiece model", "tiktoken": "tiktoken rank file"}
 def build_tokenizer(name: str, path: str | None = None) -> Tokenizer:
     """Return the tokenizer called `name`; `path` is its file, and is not looked at where none is needed.
 
-    Raises ValueError, in one line that names the config key, for an unknown name and for a file that is missing, of
+    Raises UserError, in one line that names the config key, for an unknown name and for a file that is missing, of
     another kind, or damaged.
     """
     if name not in TOKENIZERS:
         close = difflib.get_close_matches(str(name).lower(), TOKENIZERS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"data.tokenizer.name={name!r}: not one of {', '.join(TOKENIZERS)}{hint}")
+        raise UserError(f"data.tokenizer.name={name!r}: not one of {', '.join(TOKENIZERS)}{hint}")
     if name not in FILE_KINDS:
         return TOKENIZERS[name]()
     if not path:
-        raise ValueError(f"data.tokenizer.path is not set; data.tokenizer.name={name} needs a {FILE_KINDS[name]} there")
+        raise UserError(f"data.tokenizer.path is not set; data.tokenizer.name={name} needs a {FILE_KINDS[name]} there")
     return TOKENIZERS[name](path)
 
 
@@ -335,7 +337,7 @@ def _read_file(name: str, path: str) -> bytes:
     wanted = f"data.tokenizer.name={name} needs a {FILE_KINDS[name]}"
     if not os.path.isfile(path):
         found = "no such file" if not os.path.exists(path) else "a folder" if os.path.isdir(path) else "not a file"
-        raise ValueError(f"{setting}: {found} ({os.path.abspath(path)!r}); {wanted}")
+        raise UserError(f"{setting}: {found} ({os.path.abspath(path)!r}); {wanted}")
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
@@ -343,12 +345,12 @@ def _read_file(name: str, path: str) -> bytes:
             if found == name:
                 return head + file.read()
     except OSError as error:
-        raise ValueError(f"{setting}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{setting}: cannot be read ({error.strerror})") from error
     if found in FILE_KINDS:
-        raise ValueError(
+        raise UserError(
             f"{setting}: looks like a {FILE_KINDS[found]}, not a {FILE_KINDS[name]}; set data.tokenizer.name={found}"
         )
-    raise ValueError(f"{setting}: {found}; {wanted}")
+    raise UserError(f"{setting}: {found}; {wanted}")
 
 
 def _file_kind(head: bytes) -> str:
@@ -369,7 +371,7 @@ def _file_kind(head: bytes) -> str:
 def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     """Return the rank of each token in a file of lines "<base64 of the token> <rank>".
 
-    Raises ValueError unless the ranks are 0..n-1, each once, and every single byte is a token.
+    Raises UserError unless the ranks are 0..n-1, each once, and every single byte is a token.
     """
     damaged = f"data.tokenizer.path={path!r}: a tiktoken rank file that is cut short or damaged:"
     entries: list[tuple[bytes, int]] = []
@@ -380,16 +382,16 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
             token, rank = line.split()
             entries.append((base64.b64decode(token, validate=True), int(rank)))
         except ValueError:
-            raise ValueError(f"{damaged} line {number} is not '<base64> <rank>' but {line[:40]!r}") from None
+            raise UserError(f"{damaged} line {number} is not '<base64> <rank>' but {line[:40]!r}") from None
     ranks = dict(entries)
     if len(ranks) < len(entries):
-        raise ValueError(f"{damaged} {len(entries) - len(ranks)} of its {len(entries)} lines repeat a token")
+        raise UserError(f"{damaged} {len(entries) - len(ranks)} of its {len(entries)} lines repeat a token")
     for place, rank in enumerate(sorted(ranks.values())):
         if place != rank:
-            raise ValueError(f"{damaged} its ranks are not 0..{len(ranks) - 1}, each once; the first amiss is {place}")
+            raise UserError(f"{damaged} its ranks are not 0..{len(ranks) - 1}, each once; the first amiss is {place}")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"{damaged} {len(missing)} of the 256 single bytes are no token, the first 0x{missing[0]:02x}")
+        raise UserError(f"{damaged} {len(missing)} of the 256 single bytes are no token, the first 0x{missing[0]:02x}")
     return ranks
 
 

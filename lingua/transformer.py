@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from lingua.errors import UserError
 from lingua.initialize import truncated_normal
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs, check_sizes, memory_kwargs, memory_layers
 
@@ -52,26 +53,26 @@ class BaseTransformerArgs:
 
 
 def head_sizes(args: BaseTransformerArgs) -> tuple[int, int, int]:
-    """(head_dim, n_heads, n_kv_heads), each worked out from the others where null. Raises ValueError naming the key."""
+    """(head_dim, n_heads, n_kv_heads), each worked out from the others where null. Raises UserError naming the key."""
     if args.head_dim is None and args.n_heads is None:
-        raise ValueError("model.n_heads: not set; give n_heads or head_dim")
+        raise UserError("model.n_heads: not set; give n_heads or head_dim")
     for name in ("head_dim", "n_heads", "n_kv_heads"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"model.{name}: {value} is too small, it must be 1 or more")
+            raise UserError(f"model.{name}: {value} is too small, it must be 1 or more")
     for name in ("head_dim", "n_heads"):
         other = "n_heads" if name == "head_dim" else "head_dim"
         if getattr(args, other) is None and args.dim % getattr(args, name):
-            raise ValueError(
+            raise UserError(
                 f"model.{name}: {getattr(args, name)} does not divide model.dim={args.dim}; set {other} too"
             )
     head_dim = args.head_dim or args.dim // args.n_heads
     n_heads = args.n_heads or args.dim // args.head_dim
     n_kv_heads = args.n_kv_heads or n_heads
     if n_heads % n_kv_heads:
-        raise ValueError(f"model.n_kv_heads: {n_kv_heads} does not divide the {n_heads} query heads")
+        raise UserError(f"model.n_kv_heads: {n_kv_heads} does not divide the {n_heads} query heads")
     if head_dim % 2:
-        raise ValueError(f"model.head_dim: {head_dim} is odd; rotary embedding turns pairs, so it must be even")
+        raise UserError(f"model.head_dim: {head_dim} is odd; rotary embedding turns pairs, so it must be even")
     return head_dim, n_heads, n_kv_heads
 
 
@@ -84,24 +85,24 @@ def hidden_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) ->
 
 
 def validate_transformer_args(args: BaseTransformerArgs) -> None:
-    """Raises ValueError, one line that names the key, for sizes that cannot work. Allocates nothing."""
+    """Raises UserError, one line that names the key, for sizes that cannot work. Allocates nothing."""
     for name in ("dim", "n_layers", "multiple_of", "max_seqlen"):
         if getattr(args, name) < 1:
-            raise ValueError(f"model.{name}: {getattr(args, name)} is too small, it must be 1 or more")
+            raise UserError(f"model.{name}: {getattr(args, name)} is too small, it must be 1 or more")
     for name in ("norm_eps", "rope_theta", "init_base_std", "ffn_dim_multiplier"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"model.{name}: {value} must be a number above 0")
+            raise UserError(f"model.{name}: {value} must be a number above 0")
     try:
         hidden = hidden_size(args.dim, args.multiple_of, args.ffn_dim_multiplier)
     except OverflowError:
-        raise ValueError(
+        raise UserError(
             f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} is too large, the feed-forward would have no end"
         ) from None
     if hidden < 1:
-        raise ValueError(f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} leaves the feed-forward no hidden units")
+        raise UserError(f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} leaves the feed-forward no hidden units")
     if args.init_std_factor not in INIT_STD_FACTORS:
-        raise ValueError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
+        raise UserError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
     if memory_layers(args.productkey_args, args.n_layers):
         memory = args.productkey_args
@@ -182,7 +183,7 @@ def create_causal_mask(
 ) -> Mask:
     """The mask for which a token sees itself and what is before it: the last `sliding_window` tokens, itself included.
 
-    Raises ValueError for an unknown implementation, or fmha where it cannot run.
+    Raises UserError for an unknown implementation, or fmha where it cannot run.
     """
     if attn_impl == "sdpa":
         if sliding_window is None or sliding_window >= seqlen:
@@ -202,18 +203,16 @@ def create_causal_mask(
         if sliding_window is None:
             return bias.LowerTriangularMask()
         return bias.LocalAttentionFromBottomRightMask(window_left=sliding_window - 1, window_right=0)
-    raise ValueError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+    raise UserError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
 
 
 def _import_fmha():
     try:
         from xformers.ops import fmha
     except ImportError as error:
-        raise ValueError(f"attn_impl: fmha needs xformers, which does not import here ({error}); use sdpa") from None
+        raise UserError(f"attn_impl: fmha needs xformers, which does not import here ({error}); use sdpa") from None
     if not torch.cuda.is_available():
-        raise ValueError(
-            "attn_impl: fmha runs on CUDA devices only, and there is none here; use sdpa or flex_attention"
-        )
+        raise UserError("attn_impl: fmha runs on CUDA devices only, and there is none here; use sdpa or flex_attention")
     return fmha
 
 
@@ -237,15 +236,15 @@ def attend(
             return fmha.memory_efficient_attention(q_BTHD, k_BSGD, v_BSGD, attn_bias=mask)
         except NotImplementedError as error:  # xformers without its CUDA operators, or none for these inputs
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"attn_impl: fmha cannot run here, use sdpa or flex_attention ({reason} ...)") from None
+            raise UserError(f"attn_impl: fmha cannot run here, use sdpa or flex_attention ({reason} ...)") from None
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
     if attn_impl == "flex_attention":
         if not isinstance(mask, BlockMask):
-            raise ValueError(
+            raise UserError(
                 f"mask: flex_attention wants a BlockMask (create_causal_mask makes one), found {type(mask).__name__}"
             )
         if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError("attn_impl: flex_attention has no backward on a CPU; use sdpa")
+            raise UserError("attn_impl: flex_attention has no backward on a CPU; use sdpa")
         run = _compiled_flex_attention() if q.is_cuda else flex_attention
         return run(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
     if attn_impl == "sdpa":
@@ -253,7 +252,7 @@ def attend(
         attn_mask = None if causal else mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
         return y.transpose(1, 2)
-    raise ValueError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+    raise UserError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
 
 
 class Attention(nn.Module):
@@ -358,7 +357,7 @@ class BaseTransformer(nn.Module):
     def canonicalize(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
         """Brings a checkpoint's names to this model's, in place: published ones repeat a shared table.
 
-        Raises ValueError where the repeated tables differ: the checkpoint is of a model with separate ones. Tensors may
+        Raises UserError where the repeated tables differ: the checkpoint is of a model with separate ones. Tensors may
         be on the meta device, where only shapes can be told apart.
         """
         owners: dict[HashingMemory, str] = {}
@@ -376,7 +375,7 @@ class BaseTransformer(nn.Module):
                 if kept.shape != repeated.shape or not (
                     kept.is_meta or kept is repeated or torch.equal(kept, repeated)
                 ):
-                    raise ValueError(
+                    raise UserError(
                         f"{here}{name}: differs from {owners_key}, so this checkpoint has a table for each memory; "
                         "set model.productkey_args.mem_share_values=false"
                     )
@@ -404,11 +403,11 @@ class BaseTransformer(nn.Module):
         a list with one for each. `seqlen`: T, where `h` is a part of the sequence (which tensor parallelism splits) and
         the blocks see to the rest.
 
-        Raises ValueError for more tokens than max_seqlen.
+        Raises UserError for more tokens than max_seqlen.
         """
         seqlen = h.shape[1] if seqlen is None else seqlen
         if tok_idx is None and seqlen > self.max_seqlen:
-            raise ValueError(f"{seqlen} tokens are more than the model's max_seqlen={self.max_seqlen}")
+            raise UserError(f"{seqlen} tokens are more than the model's max_seqlen={self.max_seqlen}")
         rotation = self.rope_embeddings(seqlen=seqlen, tok_idx=tok_idx)
         masks = mask if isinstance(mask, list) else [mask] * len(self.layers)
         for block, of_block in zip(self.layers, masks, strict=True):

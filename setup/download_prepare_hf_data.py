@@ -43,6 +43,7 @@ from lingua.documents import (
     local_form,
     suffix_of,
 )
+from lingua.errors import UserError
 from lingua.shuffle import Plan, write_whole
 from lingua.shuffle_jobs import Cluster, Resources, check_memory, of_documents, run
 from lingua.shuffle_output import check_disk, clear_leftovers, find_result
@@ -77,11 +78,11 @@ CATALOGUE = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help tells more)")
+        raise UserError(f"{message} (--help tells more)")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Raises ValueError for what does not fit together."""
+    """Raises UserError for what does not fit together."""
     known = ", ".join(CATALOGUE)
     parser = Parser(prog=f"{PROGRAM}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"one of {known}; or any other one with --repo or --files")
@@ -115,26 +116,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     slurm.add_argument("--cluster", choices=["slurm", "local"], help="local: try the jobs as processes of this machine")
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"\w[\w.+-]*", args.name):
-        raise ValueError(f"name '{args.name}': only letters, digits and _ . + - can be in it, it names files")
+        raise UserError(f"name '{args.name}': only letters, digits and _ . + - can be in it, it names files")
     if not (args.memory > 0 and math.isfinite(args.memory)):
-        raise ValueError(f"MEMORY {args.memory:g}: GB, more than 0")
+        raise UserError(f"MEMORY {args.memory:g}: GB, more than 0")
     for option, least in (("nchunks", 1), ("n_validation", 0), ("workers", 1), ("slurm_time", 1), ("slurm_tasks", 1)):
         value = getattr(args, option)
         if value is not None and value < least:
-            raise ValueError(f"--{option} {value}: {least} or more")
+            raise UserError(f"--{option} {value}: {least} or more")
     if args.slurm_cpus < 1:
-        raise ValueError(f"--slurm_cpus {args.slurm_cpus}: 1 or more")
+        raise UserError(f"--slurm_cpus {args.slurm_cpus}: 1 or more")
     given = [args.name in CATALOGUE, args.repo is not None, args.files is not None]
     if not any(given):
-        raise ValueError(f"unknown dataset '{args.name}'; known: {known}; any other one by --repo or --files")
+        raise UserError(f"unknown dataset '{args.name}'; known: {known}; any other one by --repo or --files")
     if sum(given) > 1:
-        raise ValueError(f"'{args.name}': one of a known name, --repo and --files, not several")
+        raise UserError(f"'{args.name}': one of a known name, --repo and --files, not several")
     if args.pattern and not args.repo:
-        raise ValueError("--pattern is for files of --repo")
+        raise UserError("--pattern is for files of --repo")
     if args.columns and not set(args.columns) & set(TEXT_COLUMNS):
-        raise ValueError(f"--columns {' '.join(args.columns)}: {' or '.join(TEXT_COLUMNS)} has to be among them")
+        raise UserError(f"--columns {' '.join(args.columns)}: {' or '.join(TEXT_COLUMNS)} has to be among them")
     if args.revision and args.files:
-        raise ValueError("--revision is for datasets of the hub")
+        raise UserError("--revision is for datasets of the hub")
     return args
 
 
@@ -235,7 +236,7 @@ def download(dataset: Dataset, source: dict[str, object], raw: Path, out: str | 
     """The dataset's files in `raw`. Those that are there whole are not asked for again, and when all are, nobody is.
 
     `out`, `work`: where the shuffled text and what lies between the passes will need room; `out` may need none here.
-    Raises ValueError, one line, where the hub refuses, cannot be reached, or has no such files.
+    Raises UserError, one line, where the hub refuses, cannot be reached, or has no such files.
     """
     marker = raw / ".download.json"
     with contextlib.suppress(OSError, ValueError):
@@ -263,7 +264,7 @@ def download(dataset: Dataset, source: dict[str, object], raw: Path, out: str | 
             )
     left = missing_files(raw, sizes)
     if left:
-        raise ValueError(f"{raw}: {next(iter(left))} did not come whole; start again, it goes on")
+        raise UserError(f"{raw}: {next(iter(left))} did not come whole; start again, it goes on")
     write_whole(marker, json.dumps({"source": source, "commit": commit, "files": sizes}, indent=1).encode())
     return listed(raw, sizes)
 
@@ -320,12 +321,12 @@ def list_repository(dataset: Dataset, revision: str) -> tuple[str, dict[str, int
     patterns = "', '".join(dataset.patterns)
     if not wanted:
         there = ", ".join(list(sizes)[:3]) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{dataset.repo}: no files like '{patterns}' among its {len(sizes)} ({there} ...); see --pattern"
         )
     for path in wanted:
         if not suffix_of(path):
-            raise ValueError(
+            raise UserError(
                 f"{dataset.repo}: '{path}' is no file of documents; give a --pattern of names that end in "
                 f"{', '.join(SUFFIXES)}"
             )
@@ -343,7 +344,7 @@ def explained(repo: str, folder: Path) -> Iterator[None]:
         message = explain(reason, repo, folder)
         if message is None:
             raise
-        raise ValueError(without_token(" ".join(message.split()))) from None
+        raise UserError(without_token(" ".join(message.split()))) from None
 
 
 def explain(error: BaseException, repo: str, folder: Path) -> str | None:
@@ -396,7 +397,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped; start again, it goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get("LINGUA_TRACEBACK"):
             raise
         sys.exit(f"{PROGRAM}: {' '.join(str(error).split())}")

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import tiktoken
 
 from lingua.args import check_writable, first_line, user_path, without_credentials
+from lingua.errors import UserError
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, Tokenizer, build_tokenizer
 
 
@@ -58,20 +59,20 @@ SPLIT_PROBE = (
 def download(name: str, folder: Path, api_key: str | None) -> None:
     """Bring tokenizer `name` below `folder`, and tell where it is; nothing is done where it is already.
 
-    Raises ValueError, one line with what to do, if it cannot be had or is not what it should be. It is there whole or
+    Raises UserError, one line with what to do, if it cannot be had or is not what it should be. It is there whole or
     not at all.
     """
     if name not in HUB_FILES and name not in tiktoken.list_encoding_names():
         known = [*HUB_FILES, *sorted(tiktoken.list_encoding_names())]
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is none of {', '.join(known)}{hint}")
+        raise UserError(f"{name!r} is none of {', '.join(known)}{hint}")
     path = folder / (HUB_FILES[name].file if name in HUB_FILES else f"{name}.tiktoken")
     if path.exists():
         try:
             tokenizer = load(name, path)
         except ValueError as error:
-            raise ValueError(f"{path} is there already and {error}; move it away, or name another folder") from None
+            raise UserError(f"{path} is there already and {error}; move it away, or name another folder") from None
         say(f"{path} is there already")
     else:
         tokenizer = fetch(name, path, api_key)
@@ -81,7 +82,7 @@ def download(name: str, folder: Path, api_key: str | None) -> None:
 
 
 def fetch(name: str, path: Path, api_key: str | None) -> Tokenizer:
-    """Download tokenizer `name`, try it, and move it to `path`. Raises ValueError as `download` does."""
+    """Download tokenizer `name`, try it, and move it to `path`. Raises UserError as `download` does."""
     check_writable("SAVE_PATH", path.parent, needed=0)
     # A folder that has been there before, so that no new ones are left where nothing comes of it.
     existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -94,11 +95,11 @@ def fetch(name: str, path: Path, api_key: str | None) -> Tokenizer:
             try:
                 tokenizer = load(name, part)
             except ValueError as error:
-                raise ValueError(f"what was downloaded {error}") from None
+                raise UserError(f"what was downloaded {error}") from None
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part, path)
     except OSError as error:
-        raise ValueError(f"cannot write to {path.parent} ({error.strerror or first_line(error)})") from None
+        raise UserError(f"cannot write to {path.parent} ({error.strerror or first_line(error)})") from None
     return tokenizer
 
 
@@ -111,16 +112,16 @@ def kind_of(name: str) -> str:
 
 
 def load(name: str, path: Path) -> Tokenizer:
-    """The tokenizer in a file. Raises ValueError if it is not the one called `name`, from the verb on."""
+    """The tokenizer in a file. Raises UserError if it is not the one called `name`, from the verb on."""
     try:
         tokenizer = build_tokenizer(kind_of(name), str(path))
     except ValueError as error:
         # The rest of it is about config keys.
         reason = str(error).removeprefix(f"data.tokenizer.path={str(path)!r}: ").partition("; ")[0]
-        raise ValueError(f"is not {name}'s tokenizer: {reason}") from None
+        raise UserError(f"is not {name}'s tokenizer: {reason}") from None
     n_words = HUB_FILES[name].n_words if name in HUB_FILES else tokenizer.n_words
     if tokenizer.n_words != n_words:
-        raise ValueError(f"is not {name}'s tokenizer: it has {tokenizer.n_words:,} words, not {n_words:,}")
+        raise UserError(f"is not {name}'s tokenizer: it has {tokenizer.n_words:,} words, not {n_words:,}")
     return tokenizer
 
 
@@ -128,7 +129,7 @@ def load(name: str, path: Path) -> Tokenizer:
 
 
 def fetch_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Path:
-    """Download a file into `folder`. Raises ValueError for what the hub or the network say, OSError for the disk."""
+    """Download a file into `folder`. Raises UserError for what the hub or the network say, OSError for the disk."""
     # Here, and not above: it takes a second, and tiktoken's encodings do without.
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
     from huggingface_hub.constants import ENDPOINT, HF_TOKEN_PATH
@@ -140,19 +141,19 @@ def fetch_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Path:
         token = api_key or get_token()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(
+        raise UserError(
             f"the file of the Hugging Face token, {HF_TOKEN_PATH}, cannot be read ({reason}): mend or remove it, or "
             "give a token by --api_key or HF_TOKEN"
         ) from None
     if token and not re.fullmatch(r"[!-~]+", token):
         # An HTTP library would show it in its complaint.
-        raise ValueError(f"the token has a space or another character that no token has; copy it from {TOKENS_PAGE}")
+        raise UserError(f"the token has a space or another character that no token has; copy it from {TOKENS_PAGE}")
     say(f"{wanted.repo_id}: {wanted.file}, from {ENDPOINT}")
     with explained(wanted, bool(token), ENDPOINT):
         # By itself first: an answer that will not change is told at once, without attempts to do without network.
         metadata = get_hf_file_metadata(hf_hub_url(wanted.repo_id, wanted.file), token=token or False)
     if metadata.commit_hash is None:
-        raise ValueError(f"what answers at {ENDPOINT} is no Hugging Face hub: check HF_ENDPOINT, and the proxy")
+        raise UserError(f"what answers at {ENDPOINT} is no Hugging Face hub: check HF_ENDPOINT, and the proxy")
     check_writable("SAVE_PATH", folder, needed=metadata.size or 0)
     with explained(wanted, bool(token), ENDPOINT):
         path = hf_hub_download(
@@ -171,7 +172,7 @@ def explained(wanted: HubFile, has_token: bool, endpoint: str) -> Iterator[None]
         reason = (error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" else None) or error
         if is_of_the_disk(reason):
             raise reason from None
-        raise ValueError(explain(reason, wanted, has_token, endpoint)) from None
+        raise UserError(explain(reason, wanted, has_token, endpoint)) from None
 
 
 def explain(error: BaseException, wanted: HubFile, has_token: bool, endpoint: str) -> str:
@@ -218,24 +219,24 @@ def is_of_the_disk(error: BaseException) -> bool:
 def fetch_encoding(name: str, folder: Path) -> Path:
     """Write the ranks of one of tiktoken's encodings into `folder`, as lines "<base64> <rank>".
 
-    Raises ValueError if it cannot be had, or cannot be told in such a file.
+    Raises UserError if it cannot be had, or cannot be told in such a file.
     """
     say(f"{name}, by the package tiktoken")
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and is_of_the_disk(error):
-            raise ValueError(f"tiktoken's cache: {error.filename}: {error.strerror}; see TIKTOKEN_CACHE_DIR") from None
+            raise UserError(f"tiktoken's cache: {error.filename}: {error.strerror}; see TIKTOKEN_CACHE_DIR") from None
         what = " ".join(str(error).split())
         what = what if len(what) < 120 else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"tiktoken cannot get {name} ({what}): check the network and its proxy, or set TIKTOKEN_CACHE_DIR to a "
             "folder in which tiktoken has it"
         ) from None
     ranks = encoding._mergeable_ranks
     missing = set(range(len(ranks))).difference(ranks.values())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name} has a special token among the others, at {min(missing)}; data.tokenizer.name=tiktoken reads only "
             "ranks without gaps, such as those of cl100k_base and o200k_base"
         )
@@ -282,7 +283,7 @@ def main() -> None:
         download(args.name, args.save_path, api_key)
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
+    except UserError as error:
         line = without_credentials(" ".join(str(error).split()))
         for secret in filter(None, (api_key, os.environ.get("HF_TOKEN", "").strip())):
             line = line.replace(secret, "(the token)")

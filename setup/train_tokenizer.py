@@ -33,6 +33,7 @@ import psutil
 
 from lingua.args import check_writable, first_line, user_path
 from lingua.documents import line_at
+from lingua.errors import UserError
 from lingua.sources import parse_document, read_documents
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, N_TIKTOKEN_SPECIALS, build_tokenizer
 
@@ -91,7 +92,7 @@ class Corpus:
 
         Those that are blank are left out, and so are those longer than what is left of `max_bytes`, which is told.
         Where there is no validation file, a few go to `held_out` instead. Reads little more than it gives and
-        leaves out. Raises ValueError, with file and line, for what is no document, and if there is no text, or none
+        leaves out. Raises UserError, with file and line, for what is no document, and if there is no text, or none
         that fits.
         """
         room = 0 if self.val_files else HELD_OUT_BYTES
@@ -115,12 +116,12 @@ class Corpus:
             else:
                 yield text
         if n_too_long and not number:
-            raise ValueError(
+            raise UserError(
                 f"--max_bytes {max_bytes}: no document fits, the shortest of which has {shortest} bytes; "
                 f"take {shortest} or more"
             )
         if not number:
-            raise ValueError(
+            raise UserError(
                 f"no text in {', '.join(map(str, self.sources))}: all files are empty or hold only blank documents; "
                 'wanted a line {"text": "..."} for each document in a .jsonl file, or plain text in a .txt file'
             )
@@ -160,15 +161,15 @@ def clean(text: str) -> str:
 
 
 def find_corpus(sources: list[Path]) -> Corpus:
-    """The files that `sources` name or hold. Raises ValueError where one has none."""
+    """The files that `sources` name or hold. Raises UserError where one has none."""
     files: dict[Path, None] = {}
     val_files: dict[Path, None] = {}
     for source in sources:
         if not source.exists():
-            raise ValueError(f"{source}: no such file or folder")
+            raise UserError(f"{source}: no such file or folder")
         if source.is_file():
             if source.suffix not in (".jsonl", ".txt"):
-                raise ValueError(f"{source}: neither a .jsonl nor a .txt file")
+                raise UserError(f"{source}: neither a .jsonl nor a .txt file")
             files[source] = None
             continue
         inside = sorted(path for path in source.iterdir() if not path.name.startswith("."))
@@ -177,7 +178,7 @@ def find_corpus(sources: list[Path]) -> Corpus:
         if len(found) == len(validation):
             folders = [str(path) for path in inside if path.is_dir()]
             hint = f"; name its folders, such as {folders[0]}" if folders else ""
-            raise ValueError(f"{source}: a folder with no .jsonl or .txt files to train on{hint}")
+            raise UserError(f"{source}: a folder with no .jsonl or .txt files to train on{hint}")
         val_files |= dict.fromkeys(validation)
         files |= dict.fromkeys(path for path in found if path not in validation)
     return Corpus(sources, list(files), list(val_files))
@@ -186,7 +187,7 @@ def find_corpus(sources: list[Path]) -> Corpus:
 def read_block(path: Path, start: int, stop: int) -> Iterator[str]:
     """The documents whose first byte is among `start` .. `stop`-1 of a file; of a .txt file, some lines at a time.
 
-    Raises ValueError, with file and line, for what is no document or no UTF-8.
+    Raises UserError, with file and line, for what is no document or no UTF-8.
     """
     with open(path, "rb") as file:
         # The byte before tells whether a line starts at `start`. If none does, it is the block's before. A line that
@@ -218,7 +219,7 @@ def decode(data: bytes, path: Path, place: int) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         place += error.start
-        raise ValueError(
+        raise UserError(
             f"{path}:{line_number(path, place)}: no UTF-8 (0x{data[error.start]:02x} at byte {place}); convert the "
             "file, as with `iconv -f latin1 -t utf-8` if it is Latin-1"
         ) from None
@@ -237,7 +238,7 @@ def line_number(path: Path, place: int) -> int:
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> bytes:
-    """A model with `vocab_size` pieces. Raises ValueError if `texts` have too few, or too many characters for it."""
+    """A model with `vocab_size` pieces. Raises UserError if `texts` have too few, or too many characters for it."""
     from sentencepiece import SentencePieceTrainer
 
     unreadable: list[Exception] = []
@@ -280,22 +281,22 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartb
             raise unreadable[0] from None
         # It tells the numbers, in words of its own and with the place in its source.
         if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
-            raise ValueError(too_little_text("sp", vocab_size, int(found[1]))) from None
+            raise UserError(too_little_text("sp", vocab_size, int(found[1]))) from None
         if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise ValueError(
+            raise UserError(
                 f"--vocab_size {vocab_size}: too small for this text, whose characters are words, too; "
                 f"take {found[1]} or more"
             ) from None
-        raise ValueError(f"sentencepiece cannot train on this text: {first_line(error)}") from None
+        raise UserError(f"sentencepiece cannot train on this text: {first_line(error)}") from None
     return model.getvalue()
 
 
 def train_ranks(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> bytes:
-    """A rank file for `vocab_size` words, special tokens included. Raises ValueError if `texts` have too few."""
+    """A rank file for `vocab_size` words, special tokens included. Raises UserError if `texts` have too few."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "training a tiktoken file takes the package tokenizers: `bash setup/create_env.sh` or "
             "`pip install 'tokenizers>=0.22'`; sp does without"
         ) from None
@@ -321,7 +322,7 @@ def train_ranks(texts: Iterator[str], vocab_size: int, heartbeat: Heartbeat) -> 
     trained.train_from_iterator(all_texts(), trainer)
     n_words = trained.get_vocab_size() + N_TIKTOKEN_SPECIALS
     if n_words < vocab_size:
-        raise ValueError(too_little_text("tiktoken", vocab_size, n_words))
+        raise UserError(too_little_text("tiktoken", vocab_size, n_words))
 
     # The library writes a byte as a visible character: of Latin-1 as that itself, others in order from U+0100 on.
     others = (char for char in alphabet if ord(char) >= 256)
@@ -343,14 +344,14 @@ TRAINERS = {"sp": train_sentencepiece, "tiktoken": train_ranks}
 
 
 def train(kind: str, sources: list[Path], vocab_size: int, out: Path, max_bytes: int, seed: int) -> None:
-    """Write a tokenizer into folder `out`, and tell how well it does. Raises ValueError for what cannot work."""
+    """Write a tokenizer into folder `out`, and tell how well it does. Raises UserError for what cannot work."""
     path = out / FILE_NAME
     if path.exists():
-        raise ValueError(f"--out {out}: {path} is there already, and is not overwritten; name another folder")
+        raise UserError(f"--out {out}: {path} is there already, and is not overwritten; name another folder")
     if vocab_size <= N_FIXED[kind]:
-        raise ValueError(f"--vocab_size {vocab_size}: {N_FIXED[kind]} words are there before any is learned; take more")
+        raise UserError(f"--vocab_size {vocab_size}: {N_FIXED[kind]} words are there before any is learned; take more")
     if max_bytes <= 0:
-        raise ValueError(f"--max_bytes {max_bytes}: wanted a positive number of bytes")
+        raise UserError(f"--max_bytes {max_bytes}: wanted a positive number of bytes")
     corpus = find_corpus(sources)
     check_writable("--out", out, needed=64 * vocab_size)
 
@@ -417,7 +418,7 @@ def main() -> None:
         train(args.kind, args.sources, args.vocab_size, args.out, args.max_bytes, args.seed)
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"train_tokenizer: {' '.join(str(error).split())}")
     except OSError as error:
         sys.exit(f"train_tokenizer: {error.filename or args.out}: {error.strerror or first_line(error)}")

@@ -17,6 +17,7 @@ import torch
 
 from lingua.args import parse_args
 from lingua.distributed import run_main
+from lingua.errors import UserError
 
 DEBUG = "config=apps/main/configs/debug.yaml"
 # A model of the paper's size, without what only several GPUs or a tokenizer's file allow.
@@ -55,7 +56,7 @@ class BenchArgs:
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.device not in (None, "cuda", "cpu"):
-        raise ValueError(f"device: '{args.device}' is neither cuda nor cpu")
+        raise UserError(f"device: '{args.device}' is neither cuda nor cpu")
     on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     if args.out is not None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def main() -> None:
             failed.append(name)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)  # noqa: T201
     if failed:
-        raise ValueError(f"no result of {', '.join(failed)}; see above")
+        raise UserError(f"no result of {', '.join(failed)}; see above")
 
 
 if __name__ == "__main__":

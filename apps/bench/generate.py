@@ -36,6 +36,7 @@ from apps.main.transformer import LMTransformer, count_parameters
 from lingua.args import parse_args, to_dict
 from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FILE
 from lingua.distributed import DTYPES, run_main
+from lingua.errors import UserError
 from lingua.tokenizer import build_tokenizer
 
 
@@ -206,7 +207,7 @@ def where_time_goes(generator: PackedCausalTransformerGenerator, args: BenchArgs
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.rounds < 1 or args.prompt_len < 1 or args.max_gen_len < 8 or not args.batch_sizes:
-        raise ValueError("rounds, prompt_len: must be 1 or more; max_gen_len: 8 or more; batch_sizes: at least one")
+        raise UserError("rounds, prompt_len: must be 1 or more; max_gen_len: 8 or more; batch_sizes: at least one")
     args.model.max_seqlen = max(args.data.seq_len, args.prompt_len + args.max_gen_len)
     if args.model.vocab_size == -1:
         args.model.vocab_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words

@@ -38,6 +38,7 @@ from apps.plots.style import save
 from lingua.args import check_writable, parse_args
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, DistributedArgs, World, run_main
+from lingua.errors import UserError
 from lingua.optim import VALUE_UPDATES, OptimArgs
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 
@@ -226,14 +227,14 @@ def measure(args: BenchArgs) -> list[dict[str, Any]]:
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.device not in (None, "cuda", "cpu"):
-        raise ValueError(f"device: '{args.device}' is neither cuda nor cpu")
+        raise UserError(f"device: '{args.device}' is neither cuda nor cpu")
     if args.dtype not in DTYPES:
-        raise ValueError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
     if args.rounds < 1:
-        raise ValueError(f"rounds: {args.rounds} is too small, it must be 1 or more")
+        raise UserError(f"rounds: {args.rounds} is too small, it must be 1 or more")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda, but there is none; set cpu")
+        raise UserError("device: cuda, but there is none; set cpu")
     args = replace(
         args,
         device=device,
@@ -241,11 +242,11 @@ def main() -> None:
         tokens=args.tokens or (16384 if device == "cuda" else 1024),
     )
     if args.tokens % SEQ_LEN or args.tokens < 1:
-        raise ValueError(f"tokens: {args.tokens} is no multiple of {SEQ_LEN}, the length of a row")
+        raise UserError(f"tokens: {args.tokens} is no multiple of {SEQ_LEN}, the length of a row")
     if not args.n_keys or min(args.n_keys) < args.knn:
-        raise ValueError(f"n_keys: {args.n_keys}; wanted a list of numbers of at least knn={args.knn}")
+        raise UserError(f"n_keys: {args.n_keys}; wanted a list of numbers of at least knn={args.knn}")
     if args.dim % HEAD_DIM or args.dim < 1:
-        raise ValueError(f"dim: {args.dim} is no multiple of {HEAD_DIM}, the size of an attention head")
+        raise UserError(f"dim: {args.dim} is no multiple of {HEAD_DIM}, the size of an attention head")
     picture = None if args.plot is None else check_picture("plot", args.plot)
     for key, file in (("out", args.out), ("plot", args.plot)):
         if file is not None:

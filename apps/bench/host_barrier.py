@@ -28,6 +28,7 @@ import torch.distributed as dist
 from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.distributed import reduce_sum, run_main, together
+from lingua.errors import UserError
 
 # What a check of a step without news sends: errors, signals, seconds; a bad step, the loss.
 NUMBERS = [0.0, 0.0, 1.0, 0.0, 2.5]
@@ -80,7 +81,7 @@ def main() -> None:
     args = parse_args(BenchArgs)
     for name in ("ranks", "more"):
         if min(getattr(args, name), default=0) < 2:
-            raise ValueError(f"{name}: {getattr(args, name)} must be numbers of 2 or more")
+            raise UserError(f"{name}: {getattr(args, name)} must be numbers of 2 or more")
     processes = multiprocessing.get_context("spawn")
     rows = []
     for n_ranks in args.ranks:

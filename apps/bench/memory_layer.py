@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.distributed import DTYPES, run_main
+from lingua.errors import UserError
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
@@ -385,9 +386,9 @@ def measure(args: BenchArgs) -> list[dict[str, object]]:
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
     if args.rounds < 1:
-        raise ValueError(f"rounds: {args.rounds} is too small, it must be 1 or more")
+        raise UserError(f"rounds: {args.rounds} is too small, it must be 1 or more")
     report("memory layer", measure(args), args.out)
 
 

@@ -27,6 +27,7 @@ import psutil
 from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.distributed import run_main
+from lingua.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "setup" / "download_prepare_hf_data.py"
 
@@ -81,7 +82,7 @@ def measure(command: list[str], log: Path) -> dict[str, Any]:
             pass  # one of them has just ended
         time.sleep(0.02)
     if process.returncode:
-        raise ValueError(f"{command[0]}: exit code {process.returncode}: {log.read_text()[-500:]}")
+        raise UserError(f"{command[0]}: exit code {process.returncode}: {log.read_text()[-500:]}")
     return {"seconds": time.perf_counter() - start, "largest": largest / 1e6, "together": together / 1e6}
 
 

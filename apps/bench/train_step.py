@@ -25,6 +25,7 @@ from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_flops_per_token, count_parameters
 from lingua.args import parse_args
 from lingua.distributed import DTYPES, World, find_world, process_group, run_main, validate_distributed_args
+from lingua.errors import UserError
 from lingua.optim import build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer
@@ -113,11 +114,9 @@ def measure(args: BenchArgs, world: World) -> list[dict[str, object]]:
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.rounds < 1 or args.steps_per_round < 1:
-        raise ValueError("rounds, steps_per_round: must be 1 or more")
+        raise UserError("rounds, steps_per_round: must be 1 or more")
     if not args.model.productkey_args.is_enabled:
-        raise ValueError(
-            "model.productkey_args.is_enabled: false, so there is nothing to compare; name a memory config"
-        )
+        raise UserError("model.productkey_args.is_enabled: false, so there is nothing to compare; name a memory config")
     args.model.max_seqlen = args.data.seq_len
     if args.model.vocab_size == -1:
         args.model.vocab_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words

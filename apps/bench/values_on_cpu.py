@@ -24,6 +24,7 @@ from apps.bench.memory_layer import CHECKED, relative_error
 from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.distributed import DTYPES, run_main
+from lingua.errors import UserError
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.fetched_lookup import fetch_rows
 from lingua.sparse_update import SparseAdamW
@@ -181,9 +182,9 @@ def measure(args: BenchArgs) -> list[dict[str, object]]:
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
     if args.rounds < 1:
-        raise ValueError(f"rounds: {args.rounds} is too small, it must be 1 or more")
+        raise UserError(f"rounds: {args.rounds} is too small, it must be 1 or more")
     report("value table in the CPU's memory", measure(args), args.out)
 
 

@@ -34,6 +34,7 @@ from apps.main.generate import (
 from apps.main.transformer import LMTransformer, LMTransformerArgs, count_flops_per_token, count_parameters
 from lingua.args import from_dict, parse_args, write_whole
 from lingua.distributed import run_main
+from lingua.errors import UserError
 from lingua.logger import init_logger
 from lingua.tokenizer import Tokenizer
 
@@ -139,7 +140,7 @@ def main() -> None:
     init_logger()
     args = parse_args(MeasureArgs)
     if not args.ckpt:
-        raise ValueError("ckpt: not set; name a checkpoint folder, such as dumps/x/checkpoints/0000001000")
+        raise UserError("ckpt: not set; name a checkpoint folder, such as dumps/x/checkpoints/0000001000")
     result = measure_checkpoint(args)
     text = json.dumps(result, indent=2) + "\n"
     if args.out is not None:

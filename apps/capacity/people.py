@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from apps.capacity.templates import TEMPLATES
+from lingua.errors import UserError
 
 N_FIRST, N_MIDDLE, N_LAST = 400, 400, 1000
 N_YEARS, N_MONTHS, N_DAYS = 200, 12, 28
@@ -131,11 +132,11 @@ WORK_CITIES = [CITIES[i] for i in np.random.default_rng(20240405).integers(N_CIT
 
 
 class People:
-    """`n` people with different names, drawn by `seed`. Raises ValueError where there are fewer names than that."""
+    """`n` people with different names, drawn by `seed`. Raises UserError where there are fewer names than that."""
 
     def __init__(self, n: int, seed: int = 0):
         if not 1 <= n <= N_NAMES // 2:
-            raise ValueError(f"people: {n} must be between 1 and {N_NAMES // 2}, half of the number of possible names")
+            raise UserError(f"people: {n} must be between 1 and {N_NAMES // 2}, half of the number of possible names")
         self.n, self.seed = n, seed
         rng = np.random.default_rng((seed, 0))
         drawn = rng.integers(N_NAMES, size=n + n // 2 + 100)

@@ -37,6 +37,7 @@ from apps.main.train import TrainArgs, validate_train_args
 from apps.main.transformer import LMTransformer, count_flops_per_token
 from lingua.args import check_writable, from_dict, parse_args, to_dict, write_whole
 from lingua.distributed import World, run_main
+from lingua.errors import UserError
 from lingua.logger import init_logger
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import hidden_size
@@ -109,26 +110,26 @@ def main() -> None:
 
 
 def validate_ladder_args(args: LadderArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     if not args.dump_dir:
-        raise ValueError("dump_dir: not set; name the folder for data, runs and results")
+        raise UserError("dump_dir: not set; name the folder for data, runs and results")
     for name in ("exposures", "at_once", "vocab_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
+            raise UserError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.minutes is not None and not args.minutes > 0:
-        raise ValueError(f"minutes: {args.minutes} must be above 0, or null")
+        raise UserError(f"minutes: {args.minutes} must be above 0, or null")
     if not args.models:
-        raise ValueError("models: empty; name at least one, such as {name: dense}")
+        raise UserError("models: empty; name at least one, such as {name: dense}")
     for number, model in enumerate(args.models):
         if not model.name or "/" in model.name:
-            raise ValueError(f"models.{number}.name: '{model.name}' cannot name a folder")
+            raise UserError(f"models.{number}.name: '{model.name}' cannot name a folder")
         if not model.flops > 0 or model.seeds < 1:
-            raise ValueError(f"models.{number}: flops must be above 0 and seeds 1 or more, for '{model.name}'")
+            raise UserError(f"models.{number}: flops must be above 0 and seeds 1 or more, for '{model.name}'")
     names = [model.name for model in args.models]
     if len(set(names)) < len(names):
-        raise ValueError("models: two have the same name")
+        raise UserError("models: two have the same name")
     if args.people_seed < 0:
-        raise ValueError(f"people_seed: {args.people_seed} is negative, it must be 0 or more")
+        raise UserError(f"people_seed: {args.people_seed} is negative, it must be 0 or more")
     check_writable("dump_dir", Path(args.dump_dir), 0)
 
 
@@ -138,7 +139,7 @@ def validate_ladder_args(args: LadderArgs) -> None:
 def prepare(args: LadderArgs) -> list[Run]:
     """Writes text and tokenizer where they are missing, and the runs' configs. Returns the runs, in order.
 
-    Raises ValueError where `dump_dir` holds another experiment, or a model cannot have the FLOPs asked for.
+    Raises UserError where `dump_dir` holds another experiment, or a model cannot have the FLOPs asked for.
     """
     folder = Path(args.dump_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def prepare(args: LadderArgs) -> list[Run]:
         data = {name: getattr(args, name) for name in ("people", "people_seed", "exposures", "vocab_size")}
         record = folder / "data.json"
         if record.exists() and json.loads(record.read_text()) != data:
-            raise ValueError(f"dump_dir: {folder} holds text of {record.read_text().strip()}; name another folder")
+            raise UserError(f"dump_dir: {folder} holds text of {record.read_text().strip()}; name another folder")
         people = People(args.people, args.people_seed)
         write_whole(record, json.dumps(data) + "\n")
         tokenizer_file = folder / "tokenizer.model"
@@ -188,7 +189,7 @@ def plan_runs(args: LadderArgs, lengths: list[int]) -> list[Run]:
     Args:
         lengths: of some biographies, in tokens. They say how many steps the exposures take.
 
-    Raises ValueError for a config that cannot work, or cannot have the FLOPs asked for.
+    Raises UserError for a config that cannot work, or cannot have the FLOPs asked for.
     """
     folder = Path(args.dump_dir)
     n_tokens = args.people * args.exposures * sum(lengths) / len(lengths)
@@ -208,7 +209,7 @@ def plan_runs(args: LadderArgs, lengths: list[int]) -> list[Run]:
         tokens_per_step = parsed.data.batch_size * parsed.data.seq_len * parsed.grad_acc_steps
         config["steps"] = parsed.steps = math.ceil(n_tokens / tokens_per_step)
         if parsed.data.seq_len < SPACE_FOR_LONGER * max(lengths):
-            raise ValueError(
+            raise UserError(
                 f"models.{model.name}.train.data.seq_len: {parsed.data.seq_len} is too short to measure biographies, "
                 f"which have up to {max(lengths)} tokens; make it {math.ceil(SPACE_FOR_LONGER * max(lengths))} or more"
             )
@@ -250,7 +251,7 @@ def flops(args: TrainArgs) -> int:
 def match_flops(args: TrainArgs, target: int, name: str) -> float:
     """The `model.ffn_dim_multiplier` with which FLOPs per token are nearest to `target`; sets it in `args`.
 
-    Raises ValueError where they cannot come within a hundredth of it.
+    Raises UserError where they cannot come within a hundredth of it.
     """
     unit, whole = args.model.multiple_of, int(2 * 4 * args.model.dim / 3)
 
@@ -264,7 +265,7 @@ def match_flops(args: TrainArgs, target: int, name: str) -> float:
     units = 1 if one == two else max(1, round(1 + (target - one) / (two - one)))
     reached = set_hidden(units)
     if abs(reached - target) > FLOPS_TOLERANCE * target:
-        raise ValueError(
+        raise UserError(
             f"models.{name}: {reached:.4g} FLOPs per token with feed-forwards of {units * unit} hidden units, but "
             f"{target:.4g} are asked for; change its sizes, model.multiple_of or flops"
         )

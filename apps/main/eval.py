@@ -54,6 +54,7 @@ from lingua import slurm
 from lingua.args import check_writable, from_dict, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
 from lingua.distributed import StopSignal, find_world, from_first_rank, process_group, run_main, together
+from lingua.errors import UserError
 from lingua.logger import init_logger
 from lingua.metrics import MetricsLogger, start_wandb, validate_wandb_args
 from lingua.sources import VALIDATION_FILES
@@ -90,9 +91,9 @@ class EvalArgs:
 
 
 def validate_eval_args(args: EvalArgs, prefix: str = "") -> None:
-    """Raises ValueError, one line that names the key, for what can be told without a checkpoint."""
+    """Raises UserError, one line that names the key, for what can be told without a checkpoint."""
     if args.validation is None and args.harness is None:
-        raise ValueError(f"{prefix}validation: null, and no harness is set, so there is nothing to evaluate")
+        raise UserError(f"{prefix}validation: null, and no harness is set, so there is nothing to evaluate")
     if args.validation is not None:
         validate_validation_args(args.validation, prefix)
     validate_generator_args(args.generator, f"{prefix}generator.")
@@ -102,7 +103,7 @@ def validate_eval_args(args: EvalArgs, prefix: str = "") -> None:
         try:
             from apps.main.harness import validate_harness_args
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}harness: lm-eval does not import ({error}); bash setup/create_env.sh --extras dev,eval"
             ) from None
         validate_harness_args(args.harness, prefix)
@@ -114,14 +115,14 @@ def validate_eval_args(args: EvalArgs, prefix: str = "") -> None:
 def find_checkpoints(args: EvalArgs) -> list[EvalArgs]:
     """`args` for each checkpoint that `ckpt_dir` stands for, with the folders that its results belong in.
 
-    Raises ValueError where there is none.
+    Raises UserError where there is none.
     """
     for name in ("ckpt_dir", "dump_dir"):
         if not getattr(args, name):
-            raise ValueError(f"{name}: not set")
+            raise UserError(f"{name}: not set")
     if args.ckpt_dir not in ("latest", "all"):
         if not Path(args.ckpt_dir).is_dir():
-            raise ValueError(f"ckpt_dir: no folder '{args.ckpt_dir}'; name a checkpoint, or `latest` or `all` of a run")
+            raise UserError(f"ckpt_dir: no folder '{args.ckpt_dir}'; name a checkpoint, or `latest` or `all` of a run")
         return [replace(args, global_step=_step_of(args.ckpt_dir) if args.global_step is None else args.global_step)]
     run = Path(args.dump_dir)
     folder = run / "checkpoints"
@@ -136,7 +137,7 @@ def find_checkpoints(args: EvalArgs) -> list[EvalArgs]:
         else:
             logger.warning("passing over the checkpoint %s: %s", path, problem)
     if not whole:
-        raise ValueError(f"ckpt_dir: '{args.ckpt_dir}', but there is no whole checkpoint in '{folder}'")
+        raise UserError(f"ckpt_dir: '{args.ckpt_dir}', but there is no whole checkpoint in '{folder}'")
     return [
         replace(
             args,
@@ -259,7 +260,7 @@ def evaluate_checkpoint(args: EvalArgs, should_stop: Callable[[], bool] | None =
     """Evaluates one checkpoint: {"results": lm-eval's, "validation": what validation.json holds}, what was asked for.
 
     All ranks call it together; files are the first one's to write. Whatever it needs of memory is free again when it
-    returns, and no random state of the process has changed. Raises ValueError for checkpoints, tasks and data that
+    returns, and no random state of the process has changed. Raises UserError for checkpoints, tasks and data that
     cannot work, and EvaluationStopped where `should_stop` says so on any rank.
     """
     with _as_it_was():
@@ -280,12 +281,12 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
     with together():
         files = validation_files(args.validation, config["data"]) if args.validation is not None else {}
         if args.validation is not None and not files and args.harness is None:
-            raise ValueError(
+            raise UserError(
                 f"validation.sources: nothing to validate on, and no training source has {VALIDATION_FILES}; "
                 "name one, and its folder in validation.root_dir"
             )
         if files and args.validation.slot_reads is not None and not model.memories():
-            raise ValueError(f"validation.slot_reads: the model of {args.ckpt_dir} has no memories; leave it out")
+            raise UserError(f"validation.slot_reads: the model of {args.ckpt_dir} has no memories; leave it out")
     if args.harness is not None:
         from apps.main import harness
 
@@ -391,7 +392,7 @@ def flat_metrics(found: dict[str, Any]) -> dict[str, float]:
 def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
     """Evaluates as `args` say, all checkpoints that `ckpt_dir` stands for, and returns what the last one has given.
 
-    Under torchrun all ranks call it, within their process group. Raises ValueError for arguments, checkpoints, tasks
+    Under torchrun all ranks call it, within their process group. Raises UserError for arguments, checkpoints, tasks
     and data that cannot work, and EvaluationStopped where `should_stop` says so on any rank.
     """
     rank = find_world().rank
@@ -403,7 +404,7 @@ def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -
             found_here = [with_folder_for_settings(each) for each in found_here]
         for each in found_here:
             if conflict := find_conflict(each):
-                raise ValueError(f"dump_dir: {conflict}; name another folder, or remove that file")
+                raise UserError(f"dump_dir: {conflict}; name another folder, or remove that file")
         for key in ("dump_dir", "metric_log_dir"):
             if rank == 0 and getattr(args, key) is not None:
                 check_writable(key, Path(getattr(args, key)), ROOM_FOR_RESULTS)

@@ -18,6 +18,7 @@ import torch
 
 from lingua.data import QUEUED_BATCHES
 from lingua.distributed import DTYPES, World, mesh_sizes
+from lingua.errors import UserError
 from lingua.product_key.memory import memory_layers
 from lingua.transformer import head_sizes, hidden_size
 
@@ -169,7 +170,7 @@ def cpu_memory() -> int:
 
 
 def check_memory(args: TrainArgs, world: World) -> None:
-    """Raises ValueError, one line that names the largest need and the keys that it follows from, for a run that cannot
+    """Raises UserError, one line that names the largest need and the keys that it follows from, for a run that cannot
     fit. Of validated `args`; takes no time, whatever the sizes.
     """
     on_device, on_cpu = [*dense_needs(args, world), *activation_needs(args, world)], list(loader_needs(args))
@@ -188,7 +189,7 @@ def _check(args: TrainArgs, needs: list[Need], limit: int, who_has: str) -> None
         return
     largest = max(needs, key=lambda need: need.bytes)
     found = ", ".join(f"{key}={_value(args, key)}" for key in largest.keys)
-    raise ValueError(
+    raise UserError(
         f"{found}: {largest.what} take {_gib(largest.bytes)}; a rank needs {_gib(total)} at the least, and {who_has} "
         f"{_gib(limit)}; lower some of these keys, or split the model over more ranks (distributed.*)"
     )

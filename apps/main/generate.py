@@ -43,6 +43,7 @@ from lingua.checkpoint import (
 )
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, find_world, run_main, together
+from lingua.errors import UserError
 from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
 from lingua.logger import init_logger
@@ -105,27 +106,27 @@ class GenerateArgs(GeneratorArgs):
 
 
 def validate_generator_args(args: GeneratorArgs, prefix: str = "") -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     for name in ("max_gen_len", "max_tokens", "max_prompt_len", "top_k"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"{prefix}{name}: {value} is too small, it must be 1 or more")
+            raise UserError(f"{prefix}{name}: {value} is too small, it must be 1 or more")
     if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"{prefix}temperature: {args.temperature} must be a number of 0 or more")
+        raise UserError(f"{prefix}temperature: {args.temperature} must be a number of 0 or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ValueError(f"{prefix}top_p: {args.top_p} must be above 0 and at most 1")
+        raise UserError(f"{prefix}top_p: {args.top_p} must be above 0 and at most 1")
     if args.seed < 0:
-        raise ValueError(f"{prefix}seed: {args.seed} is negative, it must be 0 or more")
+        raise UserError(f"{prefix}seed: {args.seed} is negative, it must be 0 or more")
     if "" in args.until:
-        raise ValueError(f"{prefix}until: holds an empty string, which would end every text before it begins")
+        raise UserError(f"{prefix}until: holds an empty string, which would end every text before it begins")
     if args.dtype not in DTYPES:
-        raise ValueError(f"{prefix}dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"{prefix}dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
     if args.device not in ("cuda", "cpu"):
-        raise ValueError(f"{prefix}device: '{args.device}' is neither cuda nor cpu")
+        raise UserError(f"{prefix}device: '{args.device}' is neither cuda nor cpu")
     if args.values_device not in (None, "cpu"):
-        raise ValueError(f"{prefix}values_device: '{args.values_device}' is neither null nor cpu")
+        raise UserError(f"{prefix}values_device: '{args.values_device}' is neither null nor cpu")
     if args.values_device == "cpu" and args.reduce_generation_overhead:
-        raise ValueError(
+        raise UserError(
             f"{prefix}reduce_generation_overhead: true goes not with values_device=cpu, since no CUDA graph fetches "
             "rows from the CPU's memory; set one of them back"
         )
@@ -151,7 +152,7 @@ def load_consolidated_model_and_tokenizer(
         dtype: of the matrices and value tables, which autocast would round to it at each use; the rest is fp32.
         values_device: "cpu" for value tables that stay in the CPU's memory.
 
-    Raises ValueError where there is no such checkpoint, or not a whole one.
+    Raises UserError where there is no such checkpoint, or not a whole one.
     """
     path = Path(path)
     with together():
@@ -167,7 +168,7 @@ def load_consolidated_model_and_tokenizer(
         if model_args.vocab_size == -1:
             model_args.vocab_size = tokenizer.n_words
         if model_args.vocab_size < tokenizer.n_words:
-            raise ValueError(
+            raise UserError(
                 f"data.tokenizer in {config_file}: has {tokenizer.n_words} words, and the model's vocabulary "
                 f"{model_args.vocab_size}; it is not the tokenizer that this model was trained with"
             )
@@ -190,11 +191,11 @@ def load_consolidated_model_and_tokenizer(
 
 def _find_config(path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"ckpt: no folder '{path}'; name a checkpoint, such as dumps/debug/checkpoints/0000000600")
+        raise UserError(f"ckpt: no folder '{path}'; name a checkpoint, such as dumps/debug/checkpoints/0000000600")
     configs = [folder / CONFIG_FILE for folder in (path, path / CONSOLIDATED_FOLDER, path.parent)]
     config_file = next((file for file in configs if file.is_file()), None)
     if config_file is None or not ((path / ".metadata").is_file() or find_consolidated(path)):
-        raise ValueError(f"ckpt: '{path}' is no checkpoint: it lacks {CONFIG_FILE}, or a model beside it")
+        raise UserError(f"ckpt: '{path}' is no checkpoint: it lacks {CONFIG_FILE}, or a model beside it")
     return config_file
 
 
@@ -335,10 +336,10 @@ class PackedCausalTransformerGenerator:
         self._n_batches = 0
 
     def encode(self, prompt: str) -> list[int]:
-        """Raises ValueError for an empty prompt where there is no BOS to begin with."""
+        """Raises UserError for an empty prompt where there is no BOS to begin with."""
         tokens = self.tokenizer.encode(prompt, add_bos=self.add_bos, add_eos=False)
         if not tokens:
-            raise ValueError("prompt: empty, and the tokenizer has no BOS to begin with")
+            raise UserError("prompt: empty, and the tokenizer has no BOS to begin with")
         return tokens
 
     def generate(
@@ -451,10 +452,10 @@ def sampling_seed(seed: int, number: int) -> int:
 def cut_prompts(prompts: list[list[int]], args: GeneratorArgs, max_seqlen: int) -> list[list[int]]:
     """Prompts that are too long lose tokens on the left, with a warning.
 
-    Raises ValueError where max_gen_len leaves no room for a prompt.
+    Raises UserError where max_gen_len leaves no room for a prompt.
     """
     if args.max_gen_len >= max_seqlen:
-        raise ValueError(
+        raise UserError(
             f"max_gen_len: {args.max_gen_len} tokens leave no room for a prompt in the model's "
             f"max_seqlen={max_seqlen}; set it to {max_seqlen - 1} or less"
         )
@@ -602,11 +603,11 @@ def explaining_memory(message: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
-        raise ValueError(message) from None
+        raise UserError(message) from None
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise ValueError(f"{message} ({first_line(error)})") from None
+        raise UserError(f"{message} ({first_line(error)})") from None
 
 
 class Progress:
@@ -635,27 +636,27 @@ class Progress:
 
 
 def validate_generate_args(args: GenerateArgs) -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     if not args.ckpt:
-        raise ValueError("ckpt: not set; name a checkpoint, such as dumps/debug/checkpoints/0000000600")
+        raise UserError("ckpt: not set; name a checkpoint, such as dumps/debug/checkpoints/0000000600")
     validate_generator_args(args)
     given = [name for name in ("prompt", "prompts", "prompt_file") if getattr(args, name) not in (None, [])]
     if len(given) > 1:
-        raise ValueError(f"{given[1]}: given together with {given[0]}; leave one of them out")
+        raise UserError(f"{given[1]}: given together with {given[0]}; leave one of them out")
     if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"out: no folder '{Path(args.out).parent}' for the file '{args.out}'")
+        raise UserError(f"out: no folder '{Path(args.out).parent}' for the file '{args.out}'")
     if args.out is not None and Path(args.out).is_dir():
-        raise ValueError(f"out: '{args.out}' is a folder; name a file")
+        raise UserError(f"out: '{args.out}' is a folder; name a file")
 
 
 def read_prompts(file: Path) -> list[str]:
-    """A prompt a line; in a .jsonl file the "prompt" or "text" of an object. Raises ValueError with file and line."""
+    """A prompt a line; in a .jsonl file the "prompt" or "text" of an object. Raises UserError with file and line."""
     if not file.is_file():
-        raise ValueError(f"prompt_file: no file '{file}'")
+        raise UserError(f"prompt_file: no file '{file}'")
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file: {file} is not UTF-8 text ({error})") from None
+        raise UserError(f"prompt_file: {file} is not UTF-8 text ({error})") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -666,13 +667,13 @@ def read_prompts(file: Path) -> list[str]:
         try:
             found = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error})") from None
+            raise UserError(f"{file}:{number}: not JSON ({error})") from None
         prompt = found.get("prompt", found.get("text")) if isinstance(found, dict) else None
         if not isinstance(prompt, str):
-            raise ValueError(f'{file}:{number}: wanted an object with "prompt" (or "text"), a string')
+            raise UserError(f'{file}:{number}: wanted an object with "prompt" (or "text"), a string')
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"prompt_file: {file} holds no prompt")
+        raise UserError(f"prompt_file: {file} holds no prompt")
     return prompts
 
 
@@ -766,7 +767,7 @@ def main() -> None:
     args = parse_args(GenerateArgs, [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")])
     args.prompt = verbatim[-1] if verbatim else args.prompt
     if find_world().size > 1:
-        raise ValueError("generate runs as one process; start it without torchrun")
+        raise UserError("generate runs as one process; start it without torchrun")
     init_logger(stream=sys.stderr)
     validate_generate_args(args)
     prompts = read_prompts(Path(args.prompt_file)) if args.prompt_file is not None else args.prompts

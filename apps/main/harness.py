@@ -42,6 +42,7 @@ from apps.main.generate import (
 from apps.main.validation import EvaluationStopped
 from lingua.args import first_line
 from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
+from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -109,58 +110,58 @@ def _load_tasks(manager: TaskManager, tasks: list[str | dict[str, Any]]) -> list
 
 
 def validate_harness_args(harness: Any, prefix: str = "") -> None:
-    """Raises ValueError, one line that names the key, for arguments that lm-eval does not take and unknown tasks."""
+    """Raises UserError, one line that names the key, for arguments that lm-eval does not take and unknown tasks."""
     key = f"{prefix}harness"
     if not isinstance(harness, dict):
-        raise ValueError(f"{key}: '{harness}' where a section of lm_eval.simple_evaluate's arguments is wanted")
+        raise UserError(f"{key}: '{harness}' where a section of lm_eval.simple_evaluate's arguments is wanted")
     known = [name for name in inspect.signature(lm_eval.simple_evaluate).parameters if name not in _NOT_OURS]
     known.append("include_path")
     for name in harness:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{key}.{name}: unknown key; {hint}")
+            raise UserError(f"{key}.{name}: unknown key; {hint}")
     if harness.get("apply_chat_template"):
-        raise ValueError(f"{key}.apply_chat_template: the tokenizers here have no chat template; set it to false")
+        raise UserError(f"{key}.apply_chat_template: the tokenizers here have no chat template; set it to false")
     tasks, include_path = harness.get("tasks"), harness.get("include_path")
     if not isinstance(tasks, list) or not tasks:
-        raise ValueError(f"{key}.tasks: wanted a list of tasks, such as [hellaswag, {{task: nq_open, num_fewshot: 5}}]")
+        raise UserError(f"{key}.tasks: wanted a list of tasks, such as [hellaswag, {{task: nq_open, num_fewshot: 5}}]")
     for task in tasks:
         if not isinstance(_name_of(task), str):
-            raise ValueError(f"{key}.tasks: '{task}' is neither a name nor a mapping with `task`")
+            raise UserError(f"{key}.tasks: '{task}' is neither a name nor a mapping with `task`")
     limit, n_shots = harness.get("limit"), harness.get("num_fewshot")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
-        raise ValueError(f"{key}.limit: '{limit}' is no number above 0 (below 1: a part of each task's documents)")
+        raise UserError(f"{key}.limit: '{limit}' is no number above 0 (below 1: a part of each task's documents)")
     if n_shots is not None and (isinstance(n_shots, bool) or not isinstance(n_shots, int) or n_shots < 0):
-        raise ValueError(f"{key}.num_fewshot: '{n_shots}' is no whole number of 0 or more")
+        raise UserError(f"{key}.num_fewshot: '{n_shots}' is no whole number of 0 or more")
     if include_path is not None:
         _refuse_broken_tasks(f"{key}.include_path", include_path)
     try:
         with _quiet():
             manager = _task_manager(harness)
     except Exception as error:  # of any kind, out of whatever YAML lies there
-        raise ValueError(f"{key}.include_path: '{include_path}' cannot be read ({first_line(error)})") from None
+        raise UserError(f"{key}.include_path: '{include_path}' cannot be read ({first_line(error)})") from None
     for task in tasks:
         name = _name_of(task)
         if not _is_complete(task) and name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {close[0]}?" if close else "set harness.include_path to the folder of your own tasks"
-            raise ValueError(f"{key}.tasks: lm-eval knows no task '{name}'; {hint}")
+            raise UserError(f"{key}.tasks: lm-eval knows no task '{name}'; {hint}")
 
 
 def _refuse_broken_tasks(key: str, include_path: Any) -> None:
     """lm-eval passes over a file that is no YAML, and then does not know the task in it."""
     if not isinstance(include_path, str) or not Path(include_path).is_dir():
-        raise ValueError(f"{key}: no folder '{include_path}'")
+        raise UserError(f"{key}: no folder '{include_path}'")
     for file in sorted(Path(include_path).rglob("*.yaml")):
         try:
             yaml.compose(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{file}:{mark.line + 1}" if mark else str(file)
-            raise ValueError(f"{where}: not YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
+            raise UserError(f"{where}: not YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+            raise UserError(f"{file}: not UTF-8 text ({error})") from None
 
 
 @contextmanager
@@ -334,7 +335,7 @@ class LinguaLM(TemplateLM):
         tokenizer = self.generator.tokenizer
         token = tokenizer.bos_id if self.generator.add_bos else tokenizer.eos_id
         if token < 0:
-            raise ValueError("data.tokenizer: has neither BOS nor EOS, one of which an empty context needs")
+            raise UserError("data.tokenizer: has neither BOS nor EOS, one of which an empty context needs")
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -351,7 +352,7 @@ class LinguaLM(TemplateLM):
         Spaces that end the context belong to the continuation, as in lm-eval. Where a continuation has no token beyond
         the context's, as where one token spans both, the two are encoded apart. An empty one has none.
 
-        Raises ValueError where the tokenizer drops all of a continuation.
+        Raises UserError where the tokenizer drops all of a continuation.
         """
         if continuation and not context:
             return [self.prefix_token_id], self._encode_apart(continuation)
@@ -366,7 +367,7 @@ class LinguaLM(TemplateLM):
     def _encode_apart(self, continuation: str) -> list[int]:
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         if not tokens:
-            raise ValueError(
+            raise UserError(
                 f"harness.tasks: the tokenizer has no token for the continuation {continuation!r}, so it has no score"
             )
         return tokens
@@ -377,7 +378,7 @@ class LinguaLM(TemplateLM):
         sequences, n_given, n_cut = [], [], 0
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
-                raise ValueError(
+                raise UserError(
                     f"harness.tasks: a continuation of {len(continuation)} tokens is longer than the model's "
                     f"max_seqlen={self.max_length}"
                 )
@@ -444,7 +445,7 @@ def generation_args(defaults: GeneratorArgs, given: dict[str, Any]) -> Generator
     """How to continue a request: as its task says, greedily where that says nothing, and by default to the config's
     `max_gen_len`.
 
-    Raises ValueError for arguments of another kind of generation.
+    Raises UserError for arguments of another kind of generation.
     """
     given = dict(given)
     lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
@@ -462,7 +463,7 @@ def generation_args(defaults: GeneratorArgs, given: dict[str, Any]) -> Generator
     )
     for name, value in given.items():
         if name not in _NEUTRAL or _NEUTRAL[name] != value:
-            raise ValueError(f"generation_kwargs.{name}: {value!r} is not supported; leave it out of the task")
+            raise UserError(f"generation_kwargs.{name}: {value!r} is not supported; leave it out of the task")
     validate_generator_args(args, "generation_kwargs.")
     return args
 
@@ -474,7 +475,7 @@ def run_harness(
 ) -> dict[str, Any] | None:
     """What lm_eval.simple_evaluate returns for the tasks of `harness`; None on other ranks than the first.
 
-    All ranks call it together. Raises ValueError (on one rank, and SystemExit on the others) where a task fails, and
+    All ranks call it together. Raises UserError (on one rank, and SystemExit on the others) where a task fails, and
     EvaluationStopped where `should_stop` says so.
     """
     shared = SharedGenerator(generator, should_stop)
@@ -490,10 +491,10 @@ def run_harness(
             except EvaluationStopped:
                 raise
             except ValueError as error:  # of ours, or of lm-eval's, which says what is wrong but not where
-                raise ValueError(f"harness: {error}") from error
+                raise UserError(f"harness: {error}") from error
             # Of any kind, out of the code of tasks and of those who made their data; some call sys.exit.
             except (Exception, SystemExit) as error:
-                raise ValueError(
+                raise UserError(
                     f"harness.tasks: lm-eval failed ({type(error).__name__}: {first_line(error)})"
                 ) from error
         else:

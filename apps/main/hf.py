@@ -37,6 +37,7 @@ from lingua.args import check_writable, first_line, from_dict, parse_args, to_di
 from lingua.checkpoint import read_json, write_consolidated
 from lingua.data import DataArgs
 from lingua.distributed import DTYPES, run_main
+from lingua.errors import UserError
 from lingua.logger import init_logger
 from lingua.product_key.memory import ProductKeyArgs, memory_kwargs, memory_layers
 from lingua.tokenizer import (
@@ -132,11 +133,11 @@ def export_hf(ckpt_dir: str | Path, out_dir: str | Path, dtype: str | None = Non
         out_dir: a folder that is empty or not there yet.
         dtype: fp32, bf16 or fp16; None for fp32, as the model is loaded.
 
-    Raises ValueError, in one line, for what is no checkpoint, a folder that is not empty, and a tokenizer that the
+    Raises UserError, in one line, for what is no checkpoint, a folder that is not empty, and a tokenizer that the
     `tokenizers` library cannot be made to follow.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: '{dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{dtype}' is none of {', '.join(DTYPES)}")
     out_dir = _fresh_folder(out_dir)
     _library("transformers")
     model, tokenizer, config = load_consolidated_model_and_tokenizer(ckpt_dir)
@@ -178,18 +179,18 @@ def import_hf(
         out_dir: a folder that is empty or not there yet.
         productkey_args: memories for some blocks, in place of their feed-forward, freshly initialised from `seed`.
 
-    Raises ValueError, in one line that names the file, for another kind of model and for damaged or missing files.
+    Raises UserError, in one line that names the file, for another kind of model and for damaged or missing files.
     """
     out_dir, hf_dir = _fresh_folder(out_dir), Path(hf_dir)
     if not hf_dir.is_dir():
-        raise ValueError(f"hf_dir: no folder '{hf_dir}'; name one with config.json and safetensors")
+        raise UserError(f"hf_dir: no folder '{hf_dir}'; name one with config.json and safetensors")
     config_file = hf_dir / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"hf_dir: no config.json in '{hf_dir}'")
+        raise UserError(f"hf_dir: no config.json in '{hf_dir}'")
     args = _model_args(read_json(config_file), config_file)
     args.productkey_args, args.seed = productkey_args or ProductKeyArgs(), seed
     if args.productkey_args.layers and not args.productkey_args.is_enabled:
-        raise ValueError(
+        raise UserError(
             f"productkey_args.layers: '{args.productkey_args.layers}', but is_enabled is false; set it to true"
         )
     state = _imported_state(args, hf_dir)
@@ -318,17 +319,17 @@ def _hf_model(
 
 
 def _model_args(config: dict[str, Any], file: Path) -> LMTransformerArgs:
-    """Our settings for their config.json. Raises ValueError for what our model cannot be."""
+    """Our settings for their config.json. Raises UserError for what our model cannot be."""
     kind = config.get("model_type")
     if kind not in ("llama", "mistral"):
-        raise ValueError(f"{file}: model_type is {kind!r}; only llama and mistral can be imported")
+        raise UserError(f"{file}: model_type is {kind!r}; only llama and mistral can be imported")
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(config.get(key), int) or config[key] < 1:
-            raise ValueError(f"{file}: {key} is {config.get(key)!r}, wanted a number of 1 or more")
+            raise UserError(f"{file}: {key} is {config.get(key)!r}, wanted a number of 1 or more")
     # transformers 4 says it in rope_scaling and rope_theta, 5 in rope_parameters.
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{file}: {key} is {config[key]!r}, wanted an object or null")
+            raise UserError(f"{file}: {key} is {config[key]!r}, wanted an object or null")
     kinds = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     rope = {**kinds[0], **kinds[1]}
     types = [kind.get("rope_type", kind.get("type", "default")) for kind in kinds]
@@ -337,14 +338,14 @@ def _model_args(config: dict[str, Any], file: Path) -> LMTransformerArgs:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1
     if rope_type != "default" or per_layer or partial != 1:
         found = "one for each kind of layer" if per_layer else f"{rope_type!r} with partial_rotary_factor {partial}"
-        raise ValueError(
+        raise UserError(
             f"{file}: the rotary embedding (rope_parameters, rope_scaling) is {found}, only 'default' can be"
         )
     for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, wanted) != wanted:
-            raise ValueError(f"{file}: {key} is {config[key]!r}, only {wanted!r} can be imported")
+            raise UserError(f"{file}: {key} is {config[key]!r}, only {wanted!r} can be imported")
     if len(set(config.get("layer_types") or ())) > 1:
-        raise ValueError(f"{file}: layer_types differ from block to block, here all blocks attend alike")
+        raise UserError(f"{file}: layer_types differ from block to block, here all blocks attend alike")
     dim, n_heads = config["hidden_size"], config["num_attention_heads"]
     multiple_of, multiplier = _feed_forward_settings(dim, config["intermediate_size"])
     # What is not in the file has the default of transformers' config classes.
@@ -396,19 +397,19 @@ def _imported_state(args: LMTransformerArgs, hf_dir: Path) -> dict[str, torch.Te
         if name.startswith(replaced) or name.endswith("rotary_emb.inv_freq"):  # the latter in old checkpoints
             continue
         if name not in wanted:
-            raise ValueError(f"{file}: unexpected tensor {name}; config.json tells of a model without it")
+            raise UserError(f"{file}: unexpected tensor {name}; config.json tells of a model without it")
         ours = wanted.pop(name)
         if tensor.shape != state[ours].shape:
             shapes = f"{list(tensor.shape)}, by config.json it should be {list(state[ours].shape)}"
-            raise ValueError(f"{file}: {name} has shape {shapes}")
+            raise UserError(f"{file}: {name} has shape {shapes}")
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{file}: {name} is {tensor.dtype}; wanted weights in fp32, bf16 or fp16")
+            raise UserError(f"{file}: {name} is {tensor.dtype}; wanted weights in fp32, bf16 or fp16")
         state[ours] = _to_pairs(tensor, head_dim) if _is_rotated(ours) else tensor
     if wanted:
         more = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-        raise ValueError(f"{hf_dir}: its safetensors lack the tensor {min(wanted)}{more}")
+        raise UserError(f"{hf_dir}: its safetensors lack the tensor {min(wanted)}{more}")
     if tied_output is not None and not torch.equal(tied_output, state["tok_embeddings.weight"]):
-        raise ValueError(
+        raise UserError(
             f"{hf_dir}: lm_head.weight differs from model.embed_tokens.weight, though config.json has "
             "tie_word_embeddings true"
         )
@@ -424,7 +425,7 @@ def _stored_tensors(hf_dir: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                 for name in stored.keys():  # noqa: SIM118 - it is no dictionary
                     yield file, name, stored.get_tensor(name)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{file}: cut short or damaged ({first_line(error)}); fetch it again") from None
+            raise UserError(f"{file}: cut short or damaged ({first_line(error)}); fetch it again") from None
 
 
 def _weight_files(hf_dir: Path) -> list[Path]:
@@ -434,14 +435,14 @@ def _weight_files(hf_dir: Path) -> list[Path]:
     if not index.is_file():
         pickled = next(iter(sorted(hf_dir.glob("pytorch_model*.bin"))), None)
         found = f"{pickled.name} is a pickle, which can run code when it is read" if pickled else "no weights"
-        raise ValueError(f"{hf_dir}: {found}; wanted model.safetensors or model.safetensors.index.json")
+        raise UserError(f"{hf_dir}: {found}; wanted model.safetensors or model.safetensors.index.json")
     weight_map = read_json(index, ("weight_map",))["weight_map"]
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: weight_map is no mapping of tensors to files; fetch it again")
+        raise UserError(f"{index}: weight_map is no mapping of tensors to files; fetch it again")
     files = [hf_dir / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file}: missing, though {index.name} names it; fetch it again")
+            raise UserError(f"{file}: missing, though {index.name} names it; fetch it again")
     return files
 
 
@@ -451,7 +452,7 @@ def _weight_files(hf_dir: Path) -> list[Path]:
 def _pretrained_tokenizer(
     name: str, tokenizer: Tokenizer, add_bos: bool, max_seqlen: int
 ) -> transformers.PreTrainedTokenizerFast:
-    """The same tokenizer as one of transformers'. Raises ValueError where it turns out not to be the same."""
+    """The same tokenizer as one of transformers'. Raises UserError where it turns out not to be the same."""
     processors = _library("tokenizers").processors
     backend = _sentencepiece(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _byte_level(tokenizer)
     special = {}
@@ -472,7 +473,7 @@ def _pretrained_tokenizer(
     for text in AWKWARD_TEXTS:
         ids = tokenizer.encode(text, add_bos=add_bos)
         if theirs.encode(text) != ids or theirs.decode(ids, skip_special_tokens=True) != tokenizer.decode(ids):
-            raise ValueError(
+            raise UserError(
                 f"data.tokenizer.name={name}: cannot be exported, since the tokenizers library treats {text!r} "
                 "otherwise"
             )
@@ -538,7 +539,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     One difference is known: where the model's table of characters maps one that carries a combining mark, as in a
     no-break space with an accent, the library drops the mark.
 
-    Raises ValueError for a model that is neither byte-pair encoding nor unigram.
+    Raises UserError for a model that is neither byte-pair encoding nor unigram.
     """
     library = _library("tokenizers")
     model = tokenizer.model
@@ -559,7 +560,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": byte_fallback, "ignore_merges": whole}
         backend = library.Tokenizer(library.models.BPE(vocabulary, merges, **options))
     else:
-        raise ValueError("data.tokenizer.name=sp: cannot be exported, its model is neither BPE nor unigram")
+        raise UserError("data.tokenizer.name=sp: cannot be exported, its model is neither BPE nor unigram")
     control = [piece for piece, _, kind in pieces if kind == CONTROL]
     backend.add_special_tokens([library.AddedToken(piece, special=True, normalized=False) for piece in control])
     # Not as added tokens, which the normalizer would take for ends of the text. The longest one that fits is taken.
@@ -678,16 +679,16 @@ def _library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"hf: needs {name} ({first_line(error)}); `pip install transformers` brings it") from None
+        raise UserError(f"hf: needs {name} ({first_line(error)}); `pip install transformers` brings it") from None
 
 
 def _fresh_folder(out_dir: str | Path) -> Path:
     if not str(out_dir):
-        raise ValueError("out_dir: not set; name a folder to write to")
+        raise UserError("out_dir: not set; name a folder to write to")
     folder = Path(out_dir).absolute()
     check_writable("out_dir", folder, 2**16)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out_dir: '{folder}' is there already, and is no empty folder; name another one")
+        raise UserError(f"out_dir: '{folder}' is there already, and is no empty folder; name another one")
     return folder
 
 
@@ -719,7 +720,7 @@ def main() -> None:
         args = parse_args(ImportArgs, sys.argv[2:])
         import_hf(args.hf_dir, args.out_dir, args.productkey_args, args.seed)
     else:
-        raise ValueError(
+        raise UserError(
             f"the first word is {word}, wanted export or import: apps.main.hf export ckpt_dir=... out_dir=..."
         )
 

@@ -23,6 +23,7 @@ from apps.main.footprint import Footprint, ModelParts, footprint
 from apps.main.train import TrainArgs, build_model, validate_model_and_layout
 from lingua.args import parse_args
 from lingua.distributed import DistributedArgs, World, mesh_sizes, run_main, validate_distributed_args
+from lingua.errors import UserError
 from lingua.optim import validate_optim_args
 from lingua.tokenizer import build_tokenizer
 
@@ -55,27 +56,27 @@ class PlanArgs(TrainArgs):
 def validate_plan_args(args: PlanArgs) -> tuple[World, list[str]]:
     """Checks the config as training does, but for what data, checkpoints and evaluation are; fills in what follows.
 
-    Returns the first of the ranks, and what the user should know. Raises ValueError, one line that names the key.
+    Returns the first of the ranks, and what the user should know. Raises UserError, one line that names the key.
     """
     if args.world_size < 1:
-        raise ValueError(f"world_size: {args.world_size} is too small, it must be 1 or more")
+        raise UserError(f"world_size: {args.world_size} is too small, it must be 1 or more")
     if not 0 < args.gpu_memory < math.inf:
-        raise ValueError(f"gpu_memory: {args.gpu_memory} must be a number of GiB above 0")
+        raise UserError(f"gpu_memory: {args.gpu_memory} must be a number of GiB above 0")
     if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"out: no folder '{Path(args.out).parent}' for the file")
+        raise UserError(f"out: no folder '{Path(args.out).parent}' for the file")
     for key, value in (
         ("grad_acc_steps", args.grad_acc_steps),
         ("data.batch_size", args.data.batch_size),
         ("data.seq_len", args.data.seq_len),
     ):
         if value < 1:
-            raise ValueError(f"{key}: {value} is too small, it must be 1 or more")
+            raise UserError(f"{key}: {value} is too small, it must be 1 or more")
     world = World(size=args.world_size, device=torch.device("cuda"))
     notes = []
     validate_distributed_args(args.distributed, world)
     validate_optim_args(args.optim)
     if args.distributed.values_device is not None:
-        raise ValueError(
+        raise UserError(
             f"distributed.values_device: {args.distributed.values_device} is not in this arithmetic, which has "
             "tables on GPUs; set null"
         )

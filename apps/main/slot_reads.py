@@ -55,7 +55,7 @@ def write_slot_reads(
 ) -> None:
     """Of the first `n_tokens` tokens of each source, into `file`, which is whole or not there. `metadata`: of the file.
 
-    All ranks call it together; the first one does it. Raises ValueError for documents that cannot be read, OSError
+    All ranks call it together; the first one does it. Raises UserError for documents that cannot be read, OSError
     where the file cannot be written, and EvaluationStopped on all ranks where `should_stop` says so on any.
     """
     with together():

@@ -91,6 +91,7 @@ from lingua.distributed import (
     validate_distributed_args,
     validate_environment,
 )
+from lingua.errors import UserError
 from lingua.flops import known_peak
 from lingua.guards import (
     Guard,
@@ -181,15 +182,15 @@ class TrainArgs:
 def validate_train_args(args: TrainArgs, world: World) -> None:
     """Checks the whole config and fills in what follows from other keys: vocabulary, sequence length, dp_replicate.
 
-    Raises ValueError, one line that names the key. Reads the tokenizer and folder listings, writes nothing.
+    Raises UserError, one line that names the key. Reads the tokenizer and folder listings, writes nothing.
     """
     if not args.dump_dir:
-        raise ValueError("dump_dir: not set; name the folder for this run's checkpoints and logs")
+        raise UserError("dump_dir: not set; name the folder for this run's checkpoints and logs")
     for name in ("grad_acc_steps", "gc_collect_freq", "steps"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
+            raise UserError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.seed < 0:
-        raise ValueError(f"seed: {args.seed} is negative, it must be 0 or more")
+        raise UserError(f"seed: {args.seed} is negative, it must be 0 or more")
     for key, path in (
         ("dump_dir", args.dump_dir),
         ("data.root_dir", args.data.root_dir),
@@ -200,11 +201,11 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     ):
         check_path(key, path)
     if args.probe_freq is not None and args.probe_freq < 1:
-        raise ValueError(f"probe_freq: {args.probe_freq} is too small, it must be 1 or more, or null")
+        raise UserError(f"probe_freq: {args.probe_freq} is too small, it must be 1 or more, or null")
     validate_distributed_args(args.distributed, world)
     validate_data_args(args.data)
     if args.data.n_views < 2:
-        raise ValueError(f"data.n_views: {args.data.n_views}; training needs 2, the input and the target")
+        raise UserError(f"data.n_views: {args.data.n_views}; training needs 2, the input and the target")
     validate_optim_args(args.optim)
     validate_logging_args(args.logging)
     validate_guard_args(args.guard)
@@ -213,17 +214,17 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
     if args.model.vocab_size == -1:
         args.model.vocab_size = n_words
     if args.model.vocab_size < n_words:
-        raise ValueError(f"model.vocab_size: {args.model.vocab_size} is less than the tokenizer's {n_words} words")
+        raise UserError(f"model.vocab_size: {args.model.vocab_size} is less than the tokenizer's {n_words} words")
     validate_model_and_layout(args, world)
     if args.checkpoint.continue_training_from_init and args.checkpoint.init_ckpt_path is None:
-        raise ValueError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
+        raise UserError("checkpoint.continue_training_from_init: set, but there is no checkpoint.init_ckpt_path")
     if args.checkpoint.init_ckpt_path is not None:
         if not Path(args.checkpoint.init_ckpt_path).exists():
-            raise ValueError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
+            raise UserError(f"checkpoint.init_ckpt_path: no checkpoint at '{args.checkpoint.init_ckpt_path}'")
         try:
             refuse_parent(Path(args.checkpoint.init_ckpt_path))
         except ValueError as error:
-            raise ValueError(f"checkpoint.init_ckpt_path: {error}") from None
+            raise UserError(f"checkpoint.init_ckpt_path: {error}") from None
     validate_evaluation(args)
 
 
@@ -236,40 +237,40 @@ def validate_model_and_layout(args: TrainArgs, world: World) -> None:
 
 
 def validate_value_update(args: TrainArgs, world: World) -> None:
-    """Raises ValueError, one line that names the key, where sparse updates do not go with the layout."""
+    """Raises UserError, one line that names the key, where sparse updates do not go with the layout."""
     if args.distributed.values_device == "cpu" and args.optim.value_update != "sparse":
-        raise ValueError(
+        raise UserError(
             f"distributed.values_device: cpu goes not with optim.value_update={args.optim.value_update}, which makes a "
             "gradient of the table's size; set optim.value_update=sparse"
         )
     if args.optim.value_update == "sparse" and splits_tables_by_rows(args.distributed, world):
-        raise ValueError(
+        raise UserError(
             "optim.value_update: sparse goes not with distributed.fsdp_type=full_shard, which splits value tables by "
             "rows; set distributed.memory_parallel_size, or no_shard"
         )
     if args.optim.value_rounding == "stochastic" and args.distributed.model_dtype != "bf16":
-        raise ValueError(
+        raise UserError(
             f"optim.value_rounding: stochastic goes not with distributed.model_dtype={args.distributed.model_dtype}, "
             "with which value tables are in fp32; set model_dtype=bf16, or nearest"
         )
 
 
 def validate_evaluation(args: TrainArgs) -> None:
-    """Raises ValueError, one line that names the key, for evaluation that would fail hours later."""
+    """Raises UserError, one line that names the key, for evaluation that would fail hours later."""
     if args.async_eval_gpus is not None:
         if args.async_eval_gpus < 1:
-            raise ValueError(f"async_eval_gpus: {args.async_eval_gpus} is too small, it must be 1 or more, or null")
+            raise UserError(f"async_eval_gpus: {args.async_eval_gpus} is too small, it must be 1 or more, or null")
         if args.eval is None:
-            raise ValueError("async_eval_gpus: set, but there is no section eval that says what to evaluate")
+            raise UserError("async_eval_gpus: set, but there is no section eval that says what to evaluate")
         if shutil.which("sbatch") is None:
-            raise ValueError("async_eval_gpus: set, but there is no sbatch on this machine; set it to null")
+            raise UserError("async_eval_gpus: set, but there is no sbatch on this machine; set it to null")
     if args.eval is None:
         return
     wanted = evaluation_args(args, step=0)
     validate_eval_args(wanted, "eval.")
     has_files = wanted.validation is not None and validation_files(wanted.validation, to_dict(args.data))
     if not has_files and wanted.harness is None:
-        raise ValueError(
+        raise UserError(
             "eval.validation.sources: nothing to validate on: no source has *.val.jsonl; name one, and its root_dir"
         )
 
@@ -338,18 +339,18 @@ def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
     results of other settings, into one beside it.
 
     Where it does not say otherwise it computes as training does, and generates within training's length. Raises
-    ValueError for what is no section of EvalArgs.
+    UserError for what is no section of EvalArgs.
     """
     if not isinstance(args.eval, dict):
-        raise ValueError(f"eval: '{args.eval}' where a section of keys and values is wanted")
+        raise UserError(f"eval: '{args.eval}' where a section of keys and values is wanted")
     of_the_run = ("ckpt_dir", "dump_dir", "metric_log_dir", "global_step")
     for name in of_the_run:
         if args.eval.get(name):
-            raise ValueError(f"eval.{name}: follows from the run; leave it out")
+            raise UserError(f"eval.{name}: follows from the run; leave it out")
     try:
         wanted = from_dict(EvalArgs, {k: v for k, v in args.eval.items() if k not in of_the_run}, "section eval")
     except ValueError as error:
-        raise ValueError(f"eval.{error}") from None
+        raise UserError(f"eval.{error}") from None
     given = args.eval.get("generator") or {}
     if "dtype" not in given:
         wanted.generator.dtype = args.distributed.model_dtype
@@ -392,7 +393,8 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
         run.evaluation_stopped = True
         logger.info("evaluation of step %s ended by %s", step, stop_signal.name or "a signal")
     except (ValueError, OSError) as error:
-        logger.error("step %s could not be evaluated: %s", step, " ".join(str(error).split()))
+        is_bug = not isinstance(error, (UserError, OSError))
+        logger.error("step %s could not be evaluated: %s", step, " ".join(str(error).split()), exc_info=is_bug)
     except SystemExit:  # another rank has said what is wrong
         pass
     finally:
@@ -480,7 +482,7 @@ class Run:
         self.interrupted = False
         # Batches of the next steps, and the error that comes after them.
         self.fetched: deque[list[Batch]] = deque()
-        self.data_error: ValueError | OSError | None = None
+        self.data_error: UserError | OSError | None = None
         self.data_rank, self.data_ranks = data_rank(args.distributed, world)
         self.loader_state = init_dataloader_state_from_args(args.data, self.data_rank, self.data_ranks)
         self.stopwatch = Stopwatch()
@@ -545,7 +547,7 @@ class Run:
             try:
                 load_model(Path(args.checkpoint.init_ckpt_path), self.model)
             except ValueError as error:
-                raise ValueError(f"checkpoint.init_ckpt_path: {error}") from None
+                raise UserError(f"checkpoint.init_ckpt_path: {error}") from None
             logger.info("weights from %s", args.checkpoint.init_ckpt_path)
         self.memory_use = MemoryUse(self.model.memories() if args.logging.memory_use else {})
         if resume_from is not None and not self.memory_use.load(from_first_rank(self.slots_read)):
@@ -562,7 +564,7 @@ class Run:
             try:
                 while len(self.fetched) < n_steps and self.data_error is None:
                     self.fetched.append([next(loader) for _ in range(self.args.grad_acc_steps)])
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 self.data_error = error
 
     def logs(self, step: int) -> bool:
@@ -799,7 +801,7 @@ def open_logs(run: Run) -> Iterator[None]:
 def train(args: TrainArgs) -> None:
     """Trains as `args` say, from the newest checkpoint where there is one, until `args.steps` or a stop signal.
 
-    Raises ValueError for a config, data or checkpoint that cannot work (one line, nothing written by then), OSError
+    Raises UserError for a config, data or checkpoint that cannot work (one line, nothing written by then), OSError
     where the disk fails, and KeyboardInterrupt after Ctrl-C, when all is closed.
     """
     rank, _, n_ranks = find_ranks()
@@ -902,7 +904,7 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     stack.enter_context(stop_signal.taking_interrupts(ctrl_c if run.world.rank == 0 else None))
     try:
         train_steps(run, batches, stop_signal)
-    except (ValueError, OSError, SystemExit):
+    except (UserError, OSError, SystemExit):
         # All ranks leave here together: what is being written in the background is brought to its end first.
         run.finish_saving()
         raise
@@ -983,7 +985,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
 
 
 def answer_bad_steps(run: Run, told: list[float]) -> None:
-    """Reports the bad steps that ranks have `told` of; where there are too many, saves and raises ValueError.
+    """Reports the bad steps that ranks have `told` of; where there are too many, saves and raises UserError.
 
     Weights are those behind the last good step.
     """
@@ -1004,7 +1006,7 @@ def answer_bad_steps(run: Run, told: list[float]) -> None:
         run.save(needed=False)
         run.finish_saving()
     with together():
-        raise ValueError(run.guard.why_over(run.step, run.checkpoints.saved))
+        raise UserError(run.guard.why_over(run.step, run.checkpoints.saved))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lingua.errors import UserError
 from lingua.initialize import truncated_normal
 from lingua.product_key.memory import count_lookup_flops
 from lingua.transformer import (
@@ -32,12 +33,12 @@ class LMTransformerArgs(BaseTransformerArgs):
 
 
 def validate_model_args(args: LMTransformerArgs) -> None:
-    """Raises ValueError, one line that names the key, for a model that cannot be built."""
+    """Raises UserError, one line that names the key, for a model that cannot be built."""
     validate_transformer_args(args)
     if args.seed < 0:
-        raise ValueError(f"model.seed: {args.seed} is negative, it must be 0 or more")
+        raise UserError(f"model.seed: {args.seed} is negative, it must be 0 or more")
     if args.sliding_window is not None and args.sliding_window < 1:
-        raise ValueError(f"model.sliding_window: {args.sliding_window} is too small, it must be 1 or more")
+        raise UserError(f"model.sliding_window: {args.sliding_window} is too small, it must be 1 or more")
 
 
 class TiedOutput(nn.Module):
@@ -65,7 +66,7 @@ class LMTransformer(BaseTransformer):
     def __init__(self, args: LMTransformerArgs):
         validate_model_args(args)
         if args.vocab_size < 1:
-            raise ValueError(f"model.vocab_size: {args.vocab_size} is no size; take the tokenizer's n_words")
+            raise UserError(f"model.vocab_size: {args.vocab_size} is no size; take the tokenizer's n_words")
         # What the parts draw when they are made is drawn anew below, and is nobody else's random numbers.
         with torch.random.fork_rng(devices=[]):
             super().__init__(args)
@@ -88,7 +89,7 @@ class LMTransformer(BaseTransformer):
         output = state_dict.pop(f"{prefix}output.weight", None)
         embedding = state_dict.get(f"{prefix}tok_embeddings.weight")
         if output is not None and embedding is not None and not output.is_meta and not torch.equal(output, embedding):
-            raise ValueError(
+            raise UserError(
                 f"{prefix}output.weight: differs from {prefix}tok_embeddings.weight, so this checkpoint is not tied; "
                 "set model.weight_tying=false"
             )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
 from apps.main.transformer import LMTransformer
 from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
+from lingua.errors import UserError
 from lingua.sources import (
     VALIDATION_FILES,
     Faults,
@@ -72,19 +73,19 @@ class ValidationArgs:
 
 
 def validate_validation_args(args: ValidationArgs, prefix: str = "") -> None:
-    """Raises ValueError, one line that names the key."""
+    """Raises UserError, one line that names the key."""
     for name in ("max_steps", "slot_reads"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"{prefix}validation.{name}: {value} is too small, it must be 1 or more, or null")
+            raise UserError(f"{prefix}validation.{name}: {value} is too small, it must be 1 or more, or null")
     if args.sources and not args.root_dir:
-        raise ValueError(f"{prefix}validation.root_dir: not set; name the folder that holds validation.sources")
+        raise UserError(f"{prefix}validation.root_dir: not set; name the folder that holds validation.sources")
 
 
 def validation_files(args: ValidationArgs, train_data: dict[str, Any]) -> dict[str, list[Path]]:
     """Source -> its files: the training run's sources that have *.val.jsonl, and those named.
 
-    Raises ValueError where a named source is missing. May be empty.
+    Raises UserError where a named source is missing. May be empty.
     """
     folders = []
     if args.use_val_from_train_src and train_data["root_dir"] is not None:
@@ -147,7 +148,7 @@ class Chunk(NamedTuple):
 
 
 def _refuse_faults(found: list[Encoded | str], faults: Faults) -> None:
-    """Raises ValueError for the first document at fault where those are not skipped."""
+    """Raises UserError for the first document at fault where those are not skipped."""
     if not faults.are_skipped:
         for problem in found:
             if isinstance(problem, str):
@@ -291,7 +292,7 @@ def validate_source(
 
     Each token but a document's first is scored (so all of its text where it begins with BOS), EOS too; `n_tokens` and
     `n_bytes` are those of the scored tokens. Documents at fault end it, or are skipped and counted (`n_skipped`), as
-    `data.on_error` says. Raises ValueError for those and for files without a token, and EvaluationStopped on all ranks
+    `data.on_error` says. Raises UserError for those and for files without a token, and EvaluationStopped on all ranks
     where `should_stop` says so on any.
     """
     rank, n_ranks = rank_and_size()
@@ -329,7 +330,7 @@ def validate_source(
                     progress.show()
         progress.done = chunk.done
     if totals["n_tokens"] == 0 or totals["n_bytes"] == 0:
-        raise ValueError(f"{files[0].parent}: no text in its validation files that can be scored")
+        raise UserError(f"{files[0].parent}: no text in its validation files that can be scored")
     if faults.are_skipped:
         totals["n_skipped"] = faults.n_skipped
     # Summed exactly, so that it does not matter which rank found what.

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from apps.plots.style import COLOURS, FORMATS, GREY, STYLE, label_ends, save, short, use_log_ticks
 from lingua.args import parse_args
 from lingua.distributed import run_main
+from lingua.errors import UserError
 
 # Columns of the table: how a line is called, and its colour.
 LAYER = {
@@ -47,7 +48,7 @@ class GrowthArgs:
 
 
 def read_measured(file: Path) -> dict[str, Any]:
-    """Raises ValueError, one line, for another file than the bench's."""
+    """Raises UserError, one line, for another file than the bench's."""
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))
         rows = measured["rows"]
@@ -57,7 +58,7 @@ def read_measured(file: Path) -> dict[str, Any]:
             raise KeyError
         return {"title": measured["title"], "machine": measured["machine"], "rows": rows}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: not what python -m apps.bench.growth out={file.name} writes") from None
+        raise UserError(f"{file}: not what python -m apps.bench.growth out={file.name} writes") from None
 
 
 def tables_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,10 +140,10 @@ def is_number(value: Any) -> bool:
 
 
 def check_picture(key: str, name: str) -> Path:
-    """Raises ValueError where no picture is written so."""
+    """Raises UserError where no picture is written so."""
     file = Path(name)
     if file.suffix not in FORMATS:
-        raise ValueError(f"{key}: '{name}' ends in neither {' nor '.join(FORMATS)}")
+        raise UserError(f"{key}: '{name}' ends in neither {' nor '.join(FORMATS)}")
     return file
 
 
@@ -150,10 +151,10 @@ def main() -> None:
     files = [word for word in sys.argv[1:] if "=" not in word]
     args = parse_args(GrowthArgs, [word for word in sys.argv[1:] if "=" in word])
     if len(files) != 1:
-        raise ValueError(f"{len(files)} files of measurements named; wanted one, such as growth.json")
+        raise UserError(f"{len(files)} files of measurements named; wanted one, such as growth.json")
     measured = Path(files[0])
     if not measured.is_file():
-        raise ValueError(f"no file '{measured}'")
+        raise UserError(f"no file '{measured}'")
     out = check_picture("out", args.out) if args.out is not None else measured.with_suffix(".svg")
     save(draw_growth(read_measured(measured)), [out])
     print(out)  # noqa: T201

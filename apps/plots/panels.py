@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from apps.plots.read import MEMORY_SLOTS, Column, Result, Run, labels_of
+from lingua.errors import UserError
 
 # Lines that can be told apart in one panel; and of one run among several, all in its colour.
 MOST_LINES = 8
@@ -82,7 +83,7 @@ Columns = dict[str, Column]
 def build_panels(runs: list[Run], by_tokens: bool = False) -> list[Panel]:
     """The panels that there are numbers for, the training loss first. `by_tokens`: over tokens instead of steps.
 
-    Raises ValueError where a run does not say how many tokens it has read.
+    Raises UserError where a run does not say how many tokens it has read.
     """
     panels: list[Panel] = []
 
@@ -255,10 +256,10 @@ def _marks(runs: list[Run], panel: Panel, by_tokens: bool) -> list[Mark]:
 
 
 def tokens_at(run: Run, steps: np.ndarray) -> np.ndarray:
-    """How many tokens were read up to each step. Raises ValueError where the run does not say."""
+    """How many tokens were read up to each step. Raises UserError where the run does not say."""
     column = run.metrics.get("optim/total_tokens")
     if column is None:
-        raise ValueError(f"x: tokens, but {run.folder / 'metrics.jsonl'} has no optim/total_tokens; set x=steps")
+        raise UserError(f"x: tokens, but {run.folder / 'metrics.jsonl'} has no optim/total_tokens; set x=steps")
     known, read = np.concatenate([[0], column.steps]), np.concatenate([[0], column.values])
     # Beyond the last line, such as an evaluation's checkpoint, at the pace so far.
     return np.where(steps <= known[-1], np.interp(steps, known, read), read[-1] / known[-1] * steps)

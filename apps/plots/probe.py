@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from apps.plots.read import Run
 from apps.plots.style import STYLE, TICKS, ShortNumbers
+from lingua.errors import UserError
 
 # In the order of a forward pass, then those of the way back. Others come behind them.
 KINDS = (
@@ -67,7 +68,7 @@ class View:
 
 
 def build_view(run: Run, statistic: str) -> View:
-    """Raises ValueError where the probe has no such statistic."""
+    """Raises UserError where the probe has no such statistic."""
     found: dict[tuple[str, str], dict[tuple[int | None, int], float]] = {}
     for record in run.probe:
         kind, name = record.get("kind"), record.get("name")
@@ -81,7 +82,7 @@ def build_view(run: Run, statistic: str) -> View:
     if not found:
         known = sorted({key for record in run.probe for key, value in record.items() if isinstance(value, int | float)})
         named = ", ".join(key for key in known if key not in ("global_step", "layer", "n"))
-        raise ValueError(f"statistics: '{statistic}' is none of {named}, which the probe has in '{run.folder}'")
+        raise UserError(f"statistics: '{statistic}' is none of {named}, which the probe has in '{run.folder}'")
     places = {place for cells in found.values() for place in cells}
     n_blocks = 1 + max((depth for depth, _ in places if depth is not None), default=-1)
     depths = np.array(sorted({n_blocks if depth is None else depth for depth, _ in places}))

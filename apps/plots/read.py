@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lingua.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # In lines of evaluations, beside sources and tasks (apps/main/validation.py).
@@ -55,9 +57,9 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises ValueError where there is no such folder. One without metrics gives an empty run."""
+    """Raises UserError where there is no such folder. One without metrics gives an empty run."""
     if not folder.is_dir():
-        raise ValueError(f"dump_dir: no folder '{folder}'; name the dump_dir of a run")
+        raise UserError(f"dump_dir: no folder '{folder}'; name the dump_dir of a run")
     run = Run(name, folder)
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line.get("acc_step", 0) == 0]
     run.metrics = columns(going_on(lines))

@@ -26,6 +26,7 @@ from apps.plots.sheet import draw_sheet
 from apps.plots.style import FORMATS, save
 from lingua.args import check_writable, parse_args
 from lingua.distributed import run_main
+from lingua.errors import UserError
 from lingua.logger import init_logger
 
 logger = logging.getLogger(__name__)
@@ -58,11 +59,11 @@ def parse_command_line(argv: list[str]) -> PlotArgs:
     args = parse_args(PlotArgs, [word for word in argv if not is_folder(word)])
     args.dump_dir = list(dict.fromkeys(folders or args.dump_dir))
     if not args.dump_dir:
-        raise ValueError("dump_dir: not set; name the folder of a run, or of several")
+        raise UserError("dump_dir: not set; name the folder of a run, or of several")
     if args.x not in X_AXES:
-        raise ValueError(f"x: '{args.x}' is neither {' nor '.join(X_AXES)}")
+        raise UserError(f"x: '{args.x}' is neither {' nor '.join(X_AXES)}")
     if args.smooth is not None and args.smooth < 1:
-        raise ValueError(f"smooth: {args.smooth} is too small, it must be 1 or more, or null")
+        raise UserError(f"smooth: {args.smooth} is too small, it must be 1 or more, or null")
     return args
 
 
@@ -78,11 +79,11 @@ def files_in(out: Path, name: str) -> list[Path]:
 
 
 def plot(args: PlotArgs) -> list[Path]:
-    """Draws what there is, and returns the files. Raises ValueError where there is nothing."""
+    """Draws what there is, and returns the files. Raises UserError where there is nothing."""
     folders = [Path(folder) for folder in args.dump_dir]
     out = Path(args.out) if args.out is not None else folders[0] / "plots"
     if out.suffix in OTHER_FORMATS:
-        raise ValueError(f"out: '{out}'; pictures are written as {' and '.join(FORMATS)}, or name a folder")
+        raise UserError(f"out: '{out}'; pictures are written as {' and '.join(FORMATS)}, or name a folder")
     runs = []
     for folder, name in zip(folders, names_of(folders), strict=True):
         run = read_run(folder, name)
@@ -92,7 +93,7 @@ def plot(args: PlotArgs) -> list[Path]:
             runs.append(run)
     if not runs:
         where = f"'{folders[0]}'" + (f" and {len(folders) - 1} more" if folders[1:] else "")
-        raise ValueError(f"dump_dir: nothing to draw in {where}: no line in metrics.jsonl or its like yet")
+        raise UserError(f"dump_dir: nothing to draw in {where}: no line in metrics.jsonl or its like yet")
     check_writable("out", out.parent if out.suffix in FORMATS else out, ROOM_FOR_PICTURES)
     sheets: dict[str, Figure] = {}
     panels = build_panels(runs, args.x == "tokens")
@@ -104,7 +105,7 @@ def plot(args: PlotArgs) -> list[Path]:
         for statistic in args.statistics if run.probe else ():
             sheets[f"probe.{statistic}{suffix}"] = draw_probe(run, statistic)
     if not sheets:
-        raise ValueError(f"dump_dir: nothing to draw in '{folders[0]}': none of its numbers is finite")
+        raise UserError(f"dump_dir: nothing to draw in '{folders[0]}': none of its numbers is finite")
     # All are drawn before one is written: an error leaves nothing behind.
     for name, figure in sheets.items():
         save(figure, files_in(out, name))

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from lingua.errors import UserError
 from lingua.initialize import normal
 from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
 from lingua.product_key.row_gradients import RowGradients
@@ -90,7 +91,7 @@ class xFormerEmbeddingBag(nn.Module):
     def _refuse_whole_gradient(self) -> None:
         is_whole = self.row_gradients is None or self.row_gradients.whole
         if is_whole and self.weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError("a table in the CPU's memory has gradients by rows only: optim.value_update=sparse")
+            raise UserError("a table in the CPU's memory has gradients by rows only: optim.value_update=sparse")
 
 
 class SlotProducts(xFormerEmbeddingBag):
@@ -112,11 +113,11 @@ class ColwiseEmbeddingBag(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Raises ValueError where the group does not divide the columns."""
+        """Raises UserError where the group does not divide the columns."""
         size, dim = module.weight.shape
         n_ranks, rank = device_mesh.size(-1), device_mesh.get_local_rank(-1)
         if dim % n_ranks:
-            raise ValueError(f"{n_ranks} ranks do not divide the value table's {dim} columns")
+            raise UserError(f"{n_ranks} ranks do not divide the value table's {dim} columns")
         own = module.weight.detach()[:, rank * (dim // n_ranks) : (rank + 1) * (dim // n_ranks)].contiguous()
         placements = [Replicate()] * (device_mesh.ndim - 1) + [Shard(1)]
         mesh = device_mesh if module.computed_on is None else _on_the_cpu(device_mesh)

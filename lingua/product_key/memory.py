@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lingua.errors import UserError
 from lingua.initialize import normal, uniform, xavier_uniform
 from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.search import search
@@ -44,23 +45,23 @@ class ProductKeyArgs:
 
 
 def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:
-    """The blocks that carry a memory, in order. Raises ValueError for a list that does not fit `n_layers` blocks."""
+    """The blocks that carry a memory, in order. Raises UserError for a list that does not fit `n_layers` blocks."""
     if not args.is_enabled:
         return []
     key = "model.productkey_args.layers"
     try:
         layers = [int(number) for number in args.layers.split(",")]
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\", or is_enabled=false"
         ) from None
     for layer in layers:
         if not 0 <= layer < n_layers:
-            raise ValueError(
+            raise UserError(
                 f"{key}: there is no block {layer}, the model has 0 to {n_layers - 1} (model.n_layers={n_layers})"
             )
     if len(set(layers)) < len(layers):
-        raise ValueError(f"{key}: '{args.layers}' names a block twice")
+        raise UserError(f"{key}: '{args.layers}' names a block twice")
     return sorted(layers)
 
 
@@ -83,7 +84,7 @@ class QueryProjection(nn.Module):
 class HashingMemory(nn.Module):
     """A product-key memory in place of a feed-forward: (B, T, input_dim) -> (B, T, output_dim).
 
-    Raises ValueError for sizes that cannot work, named by their config key.
+    Raises UserError for sizes that cannot work, named by their config key.
 
     Args:
         owner: a memory whose value tables this one reads too. They stay the owner's alone: this layer does not register
@@ -238,25 +239,25 @@ def check_sizes(
     peer_variant: bool,
     value_fixed_lr: float | None,
 ) -> None:
-    """Raises ValueError, one line that names the key, for sizes that cannot work."""
+    """Raises UserError, one line that names the key, for sizes that cannot work."""
     key = "model.productkey_args."
     for name, value in (("mem_n_keys", n_keys), ("mem_heads", heads), ("mem_knn", knn), ("mem_k_dim", k_dim)):
         if value < 1:
-            raise ValueError(f"{key}{name}: {value} is too small, it must be 1 or more")
+            raise UserError(f"{key}{name}: {value} is too small, it must be 1 or more")
     if value_fixed_lr is not None and not 0 <= value_fixed_lr < float("inf"):
-        raise ValueError(
+        raise UserError(
             f"{key}value_fixed_lr: {value_fixed_lr} must be a number of 0 or more, or null for the model's lr"
         )
     if k_dim % 2:
-        raise ValueError(f"{key}mem_k_dim: {k_dim} is odd; the query is split in halves, so it must be even")
+        raise UserError(f"{key}mem_k_dim: {k_dim} is odd; the query is split in halves, so it must be even")
     if knn > n_keys:
-        raise ValueError(f"{key}mem_knn: {knn} is more than mem_n_keys={n_keys}; it can be that many at most")
+        raise UserError(f"{key}mem_knn: {knn} is more than mem_n_keys={n_keys}; it can be that many at most")
     if v_dim < 1 and v_dim != -1:
-        raise ValueError(f"{key}mem_v_dim: {v_dim} is no size; wanted 1 or more, or -1 for the model's dim")
+        raise UserError(f"{key}mem_v_dim: {v_dim} is no size; wanted 1 or more, or -1 for the model's dim")
     if peer_variant and v_dim != -1:
-        raise ValueError(f"{key}mem_v_dim: {v_dim}, but with peer_variant values have the model's dim; leave it at -1")
+        raise UserError(f"{key}mem_v_dim: {v_dim}, but with peer_variant values have the model's dim; leave it at -1")
     if peer_variant and input_dim != output_dim:
-        raise ValueError(f"{key}peer_variant: needs an input as wide as the output, found {input_dim} and {output_dim}")
+        raise UserError(f"{key}peer_variant: needs an input as wide as the output, found {input_dim} and {output_dim}")
 
 
 def count_lookup_flops(memory: HashingMemory) -> int:

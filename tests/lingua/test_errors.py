@@ -1,0 +1,55 @@
+"""What a command prints for an error of the user, and for a bug."""
+
+import pytest
+
+from lingua.distributed import run_main, together
+from lingua.errors import UserError
+
+
+def of_the_user():
+    raise UserError("steps: 0 is too small,\nit must be 1 or more")
+
+
+def of_a_disk():
+    raise OSError(28, "No space left on device", "/full/file")
+
+
+def a_bug():
+    list(zip([1], [], strict=True))  # a plain ValueError, as torch raises them, too
+
+
+@pytest.mark.parametrize(
+    ("main", "line"),
+    [
+        (of_the_user, "error: steps: 0 is too small, it must be 1 or more"),
+        (of_a_disk, "error: [Errno 28] No space left on device: '/full/file'"),
+    ],
+)
+@pytest.mark.parametrize("asked", [False, True], ids=["", "LINGUA_TRACEBACK"])
+def test_an_error_of_the_user_is_one_line(main, line, asked, monkeypatch, capfd):
+    if asked:
+        monkeypatch.setenv("LINGUA_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    assert left.value.code == 1
+    *traceback, last = capfd.readouterr().err.splitlines()
+    assert last == line
+    assert bool(traceback) == asked
+
+
+def test_a_bug_shows_its_traceback(capfd):
+    with pytest.raises(SystemExit) as left:
+        run_main(a_bug)
+    assert left.value.code == 1
+    error = capfd.readouterr().err
+    assert error.startswith("Traceback (most recent call last)")
+    assert "in a_bug" in error
+    assert "error: " not in error.replace("ValueError: ", "")
+
+
+def test_ranks_agree_on_errors_of_the_user_alone():
+    """One rank here: what is raised comes through as it is, its traceback with it."""
+    for main, kind in ((of_the_user, UserError), (of_a_disk, OSError), (a_bug, ValueError)):
+        with pytest.raises(kind) as caught, together():
+            main()
+        assert caught.traceback[-1].name == main.__name__
