@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apps.bench.layout import compare, measure
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
@@ -30,6 +32,7 @@ from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
 from lingua.profiling import Profiler, ProfilingArgs, Workload
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
+from tests.helpers.lookups import DTYPES, check_products, check_rows, check_sums, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -123,6 +126,63 @@ def test_lookup_against_float64(n, bag, size, dim, dtype):
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     for actual, wanted in zip(results[0], [expected, *(leaf.grad for leaf in exact)], strict=True):
         assert n == 0 or relative_error(actual, wanted) < tolerance
+
+
+@given(
+    n=st.integers(0, 300),
+    bag=st.one_of(st.integers(1, 20), st.integers(1, 200)),
+    size=st.one_of(st.integers(1, 9), st.integers(1, 5000)),
+    dim=st.one_of(st.integers(1, 40), st.integers(1, 2500)),
+    dtype=st.sampled_from(DTYPES),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    score_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    long=st.sampled_from([1, 3, 16, 1024]),
+    skew=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_lookups_of_any_shape(n, bag, size, dim, dtype, index_dtype, score_dtype, long, skew, seed):
+    """Sums and both gradients; slots that are read from more than `long` places are summed in pieces."""
+    indices, *others = draw(n, bag, size, dim, dtype, index_dtype, score_dtype, seed, "cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lingua.product_key.lookup_kernels.LONG", long)
+        check_sums(indices.clamp(max=size // 3) if skew else indices, *others)
+
+
+@given(
+    n=st.integers(0, 300),
+    bag=st.integers(1, 40),
+    size=st.integers(1, 500),
+    dim=st.one_of(st.integers(1, 40), st.integers(1, 1100)),
+    dtype=st.sampled_from(DTYPES),
+    x_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_products_of_any_shape(n, bag, size, dim, dtype, x_dtype, seed):
+    indices, weight, grad, x = draw(n, bag, size, dim, dtype, seed=seed, device="cuda")
+    check_products(indices, weight, x.to(x_dtype), grad)
+
+
+@given(
+    lookups=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 12)), min_size=1, max_size=3),
+    n_slots=st.sampled_from([1, 2, 3, 20, 1000]),
+    dim=st.one_of(st.integers(1, 40), st.integers(500, 1100)),
+    dtype=st.sampled_from(DTYPES),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    long=st.sampled_from([3, 8, 1024]),
+    seed=st.integers(0, 1000),
+)
+def test_rows_that_are_read(lookups, n_slots, dim, dtype, index_dtype, long, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lingua.product_key.lookup_kernels.LONG", long)
+        check_rows(lookups, n_slots, dim, dtype, index_dtype, seed, "cuda")
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 50])
+def test_long_slots_side_by_side(monkeypatch, n_slots):
+    """Pieces with the end of one long slot and the start of another, and with short ones between them."""
+    monkeypatch.setattr("lingua.product_key.lookup_kernels.LONG", 8)
+    for seed in range(10):
+        check_sums(*draw(400, 5, n_slots, 60, torch.float32, seed=seed, device="cuda"))
 
 
 def test_tables_beyond_32_bits():
