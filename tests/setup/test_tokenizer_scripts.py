@@ -19,12 +19,13 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, build_tokenizer
 from tests.helpers.hub import Hub
+from tests.helpers.training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = "meta-llama/Meta-Llama-3-8B"
@@ -497,7 +498,6 @@ EDGY = st.text(alphabet="ab st'SZé中½²5_.,!-   \t\n\n\r\x0b\x85\u00a0\u2028\
 
 
 def test_cl100k_splits_as_llama_3_on_any_text(patterns):
-    @settings(max_examples=200, deadline=None)
     @given(text=st.one_of(EDGY, st.text(max_size=10)))
     def check(text: str) -> None:
         data = text.encode("utf-8", "replace")
@@ -794,20 +794,17 @@ def test_a_missing_tokenizers_package_is_told(corpus, tmp_path):
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("sp", 420), ("tiktoken", 640)])
 def test_a_model_trains_with_it(corpus, tmp_path, kind, vocab_size):
-    result = train(tmp_path, kind, corpus / "alpha", "--vocab_size", vocab_size, "--out", "mine")
+    result = train(tmp_path, kind, corpus / "alpha", "--vocab_size", vocab_size, "--out", tmp_path / "mine")
     assert result.returncode == 0, result.stderr
     to_use = result.stdout.split("train with ")[1].split()
     (tmp_path / "stdlib").symlink_to(corpus / "alpha")
     config = ROOT / "apps/main/configs/debug.yaml"
     keys = [
-        f"config={config}", "dump_dir=run", "data.root_dir=.", "steps=2",
+        f"config={config}", f"dump_dir={tmp_path / 'run'}", f"data.root_dir={tmp_path}", "steps=2",
         "data.seq_len=32", "data.batch_size=2", "model.dim=32", "model.n_layers=2", "model.n_heads=2",
         'model.productkey_args.layers="1"', "model.productkey_args.mem_n_keys=16", "logging.freq=1", "optim.warmup=1",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "apps.main.train", *keys, *to_use]
-    trained = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert trained.returncode == 0, trained.stderr
+    Training([*keys, *to_use], tmp_path).finish().ok()
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["global_step"] for line in metrics] == [1, 2]
     assert f"vocab_size: {vocab_size}" in (tmp_path / "run/config.yaml").read_text()
