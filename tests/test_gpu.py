@@ -222,6 +222,19 @@ def test_search_is_exact(n_keys, knn, dtype):
         assert relative_error(found, wanted) < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_search_gives_the_same_bits_twice(dtype):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, device="cuda").to(dtype) for shape in ((500, 2, 2, 32), (2, 2, 64, 32))]
+    results = []
+    for _ in range(2):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        scores, slots = search(*leaves, 9)
+        scores.square().sum().backward()
+        results.append([scores, slots, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("case", ["train_dense.npz", "train_memory.npz"])
 def test_golden_losses(case):
     manifest = json.loads((GOLDEN / "manifest.json").read_text())
