@@ -11,7 +11,7 @@ from pathlib import Path
 
 def test_kernels_in_the_interpreter():
     files = sorted(map(str, Path(__file__).parent.glob("interpreted_*.py")))
-    assert len(files) == 2
+    assert len(files) >= 2
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
