@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Lint and the whole test suite; makes the environment where there is none. Three test processes, a file each at a time:
-# those on SLURM wait, but four of them on two cores disturb each other more than that saves.
+# Lint and the test suite; makes the environment where there is none. How long each test took is left in
+# build/tests.txt, and in build/tests.xml, as CI systems read it.
 #
-#   bash setup/test.sh                 # everything
-#   bash setup/test.sh -k golden       # arguments for pytest
+#   bash setup/test.sh                             # everything but the tests marked long
+#   bash setup/test.sh --long                      # everything
+#   bash setup/test.sh tests/lingua/test_data.py   # arguments for pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup/create_env.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
+# Three processes on two cores: one of them waits for SLURM, for whose tests it is alone (an xdist group). The next test
+# in the order of tests/conftest.py, the longest first, goes to whichever process is free.
+WORKERS=3
+.venv/bin/python -m pytest --numprocesses "$WORKERS" --dist loadgroup --no-loadscope-reorder --junitxml build/tests.xml "$@"

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apps.bench.layout import compare, measure
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator
@@ -30,6 +32,7 @@ from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
 from lingua.profiling import Profiler, ProfilingArgs, Workload
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
+from tests.helpers.lookups import DTYPES, check_products, check_rows, check_sums, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -125,6 +128,63 @@ def test_lookup_against_float64(n, bag, size, dim, dtype):
         assert n == 0 or relative_error(actual, wanted) < tolerance
 
 
+@given(
+    n=st.integers(0, 300),
+    bag=st.one_of(st.integers(1, 20), st.integers(1, 200)),
+    size=st.one_of(st.integers(1, 9), st.integers(1, 5000)),
+    dim=st.one_of(st.integers(1, 40), st.integers(1, 2500)),
+    dtype=st.sampled_from(DTYPES),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    score_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    long=st.sampled_from([1, 3, 16, 1024]),
+    skew=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_lookups_of_any_shape(n, bag, size, dim, dtype, index_dtype, score_dtype, long, skew, seed):
+    """Sums and both gradients; slots that are read from more than `long` places are summed in pieces."""
+    indices, *others = draw(n, bag, size, dim, dtype, index_dtype, score_dtype, seed, "cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lingua.product_key.lookup_kernels.LONG", long)
+        check_sums(indices.clamp(max=size // 3) if skew else indices, *others)
+
+
+@given(
+    n=st.integers(0, 300),
+    bag=st.integers(1, 40),
+    size=st.integers(1, 500),
+    dim=st.one_of(st.integers(1, 40), st.integers(1, 1100)),
+    dtype=st.sampled_from(DTYPES),
+    x_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_products_of_any_shape(n, bag, size, dim, dtype, x_dtype, seed):
+    indices, weight, grad, x = draw(n, bag, size, dim, dtype, seed=seed, device="cuda")
+    check_products(indices, weight, x.to(x_dtype), grad)
+
+
+@given(
+    lookups=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 12)), min_size=1, max_size=3),
+    n_slots=st.sampled_from([1, 2, 3, 20, 1000]),
+    dim=st.one_of(st.integers(1, 40), st.integers(500, 1100)),
+    dtype=st.sampled_from(DTYPES),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    long=st.sampled_from([3, 8, 1024]),
+    seed=st.integers(0, 1000),
+)
+def test_rows_that_are_read(lookups, n_slots, dim, dtype, index_dtype, long, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lingua.product_key.lookup_kernels.LONG", long)
+        check_rows(lookups, n_slots, dim, dtype, index_dtype, seed, "cuda")
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 50])
+def test_long_slots_side_by_side(monkeypatch, n_slots):
+    """Pieces with the end of one long slot and the start of another, and with short ones between them."""
+    monkeypatch.setattr("lingua.product_key.lookup_kernels.LONG", 8)
+    for seed in range(10):
+        check_sums(*draw(400, 5, n_slots, 60, torch.float32, seed=seed, device="cuda"))
+
+
 def test_tables_beyond_32_bits():
     """More elements than 32 bits count, with the last rows read: forward and backward."""
     size, dim = 2**21 + 3, 1104  # a number that bf16 has
@@ -160,6 +220,19 @@ def test_search_is_exact(n_keys, knn, dtype):
     sums.gather(-1, slots).backward(grad)
     for found, wanted in zip(actual, (query.grad, keys.grad), strict=True):
         assert relative_error(found, wanted) < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_search_gives_the_same_bits_twice(dtype):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, device="cuda").to(dtype) for shape in ((500, 2, 2, 32), (2, 2, 64, 32))]
+    results = []
+    for _ in range(2):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        scores, slots = search(*leaves, 9)
+        scores.square().sum().backward()
+        results.append([scores, slots, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("case", ["train_dense.npz", "train_memory.npz"])

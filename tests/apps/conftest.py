@@ -18,15 +18,15 @@ from tests.helpers.training import (
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "data")
+def corpus(build_once) -> Path:
+    return build_once("corpus", lambda folder: write_corpus(folder / "data")) / "data"
 
 
 @pytest.fixture(scope="session")
-def tiny(corpus, tmp_path_factory) -> Path:
+def tiny(corpus, build_once) -> Path:
     """The small config as a file; give each run a dump_dir of its own."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_config(folder / "tiny.yaml", tiny_config(corpus, folder / "nobody's"))
+    config = tiny_config(corpus, corpus.parent / "nobody's")
+    return build_once("tiny", lambda folder: write_config(folder / "tiny.yaml", config)) / "tiny.yaml"
 
 
 @pytest.fixture
@@ -46,23 +46,27 @@ def run_here(tiny, tmp_path) -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny, tmp_path_factory) -> Path:
+def reference(tiny, build_once) -> Path:
     """What an uninterrupted run of 60 steps left, with all its checkpoints. To be copied, not written to."""
-    folder = tmp_path_factory.mktemp("reference")
-    result = Training([f"config={tiny}", f"dump_dir={folder / 'run'}"], folder).finish().ok()
-    assert result.err == ""
-    assert list_steps(folder / "run") == list(range(5, 65, 5))
-    return folder / "run"
+
+    def build(folder):
+        result = Training([f"config={tiny}", f"dump_dir={folder / 'run'}"], folder).finish().ok()
+        assert result.err == ""
+        assert list_steps(folder / "run") == list(range(5, 65, 5))
+
+    return build_once("reference", build) / "run"
 
 
 @pytest.fixture(scope="session")
-def pair(tiny, tmp_path_factory) -> Path:
+def pair(tiny, build_once) -> Path:
     """What an uninterrupted run of two ranks and 20 steps left. To be copied, not written to."""
-    folder = tmp_path_factory.mktemp("pair")
-    for rank in start_ranks(2, [f"config={tiny}", f"dump_dir={folder / 'run'}", "steps=20"], folder):
-        assert rank.finish().ok().err == ""
-    assert list_steps(folder / "run") == [5, 10, 15, 20]
-    return folder / "run"
+
+    def build(folder):
+        for rank in start_ranks(2, [f"config={tiny}", f"dump_dir={folder / 'run'}", "steps=20"], folder):
+            assert rank.finish().ok().err == ""
+        assert list_steps(folder / "run") == [5, 10, 15, 20]
+
+    return build_once("pair", build) / "run"
 
 
 @pytest.fixture(scope="session")

@@ -38,12 +38,14 @@ def run(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def whole(tiny, build_once):
     """What an uninterrupted run of two ranks left, started as users do."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    result = run_command(torchrun(2, [f"config={tiny}", f"dump_dir={folder}", f"steps={STEPS}"])).ok()
-    assert f"done: {STEPS} steps" in result.out
-    return folder
+
+    def build(folder):
+        result = run_command(torchrun(2, [f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}"])).ok()
+        assert f"done: {STEPS} steps" in result.out
+
+    return build_once("by torchrun", build) / "run"
 
 
 def assert_follows(dump_dir, argv, n_ranks):

@@ -37,11 +37,13 @@ def start_group(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, pair, tmp_path_factory):
+def whole(tiny, pair, build_once):
     """By number of ranks, what an uninterrupted run left that waits for its checkpoints."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_in_process([f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}"], folder).ok()
-    return {1: folder / "run", 2: pair}
+
+    def build(folder):
+        run_in_process([f"config={tiny}", f"dump_dir={folder / 'run'}", f"steps={STEPS}"], folder).ok()
+
+    return {1: build_once("alone", build) / "run", 2: pair}
 
 
 def place_of(dump_dir, step):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
@@ -555,7 +555,6 @@ OUTER = st.builds(
 
 
 @given(args=OUTER)
-@settings(max_examples=150, deadline=None)
 def test_what_is_saved_is_read_again(args, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "saved.yaml"
     path.write_text(to_yaml(args), encoding="utf-8")
@@ -663,19 +662,16 @@ def check_arguments(argv: list[str]) -> None:
 
 
 @given(argv=arguments(PIECES))
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_argument_is_taken_or_refused_in_one_line(argv):
     check_arguments(argv)
 
 
 @given(argv=arguments(PIECES | BREAKS))
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_argument_with_line_breaks_is_taken_or_refused_in_one_line(argv):
     check_arguments(argv)
 
 
 @given(text=st.lists(st.sampled_from(all_keys(Outer)) | PIECES | BREAKS, max_size=12).map("".join))
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_file_is_taken_or_refused_in_one_line(text, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(text.encode())

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lingua import data
@@ -121,7 +121,6 @@ def test_every_line_has_one_reader_and_shares_are_equal():
 
 
 @given(st.integers(1, 150), st.integers(1, 150))
-@settings(max_examples=30, deadline=None)
 def test_every_line_has_one_reader_and_shares_are_equal_for_any_numbers(n_files, world_size):
     check_shares(n_files, world_size)
 
@@ -241,7 +240,6 @@ class NamedReader:
     weights=st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=7).filter(any),
     seed=st.tuples(st.integers(0, 2**40), st.integers(0, 100), st.integers(1, 128)),
 )
-@settings(max_examples=40, deadline=None)
 def test_sources_are_drawn_as_numpy_draws_them(weights, seed):
     mixture = Mixture([NamedReader(number) for number in range(len(weights))], weights, seed)
     rng = np.random.default_rng(seed)
@@ -292,7 +290,6 @@ ROWS = {
 
 
 @given(**ROWS, fills=st.lists(st.integers(0, 4), min_size=1, max_size=6))
-@settings(max_examples=150, deadline=None)
 def test_rows_are_cut_from_the_concatenated_tokens(texts, fills, **options):
     args = DataArgs(**options)
     packer = RowPacker(ListMixture(texts), build_tokenizer("bytes"), args)
@@ -303,7 +300,6 @@ def test_rows_are_cut_from_the_concatenated_tokens(texts, fills, **options):
 
 
 @given(**ROWS, n_rows=st.integers(1, 12))
-@settings(max_examples=150, deadline=None)
 def test_packing_goes_on_from_its_state(texts, n_rows, **options):
     args = DataArgs(**options)
     tokenizer = build_tokenizer("bytes")
@@ -435,7 +431,6 @@ def test_every_state_resumes_behind_its_batch(mixed, rank, world_size):
     ),
     place=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
 def test_any_loader_resumes(tmp_path_factory, texts, options, place):
     root = tmp_path_factory.mktemp("data")
     write_source(root, "a", [texts])
@@ -666,7 +661,6 @@ def test_nothing_is_skipped_or_repeated_in_chains_of_changes(corpus, n_streams, 
     batch_size=st.integers(1, 4),
     phases=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=4),
 )
-@settings(max_examples=25, deadline=None)
 def test_nothing_is_skipped_or_repeated_in_any_chain_of_changes(corpus, n_streams, batch_size, phases):
     check_nothing_is_lost(corpus, n_streams, batch_size, phases)
 
@@ -748,7 +742,6 @@ def test_ranks_that_share_a_stream_have_the_same_state_but_for_their_turn(corpus
 
 
 @given(n_streams=st.integers(1, 40), changes=st.lists(st.integers(1, 60), min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
 def test_every_stream_has_a_reader_and_every_rank_a_stream(n_streams, changes):
     made_with = {"data.batch_size": 2, "streams": n_streams}
     places = [{"stream": number, "rows_given": 2, "rows_used": 0, "place": {}} for number in range(n_streams)]

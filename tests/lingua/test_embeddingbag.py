@@ -2,45 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lingua.product_key import xformer_embeddingbag
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Twice what one rounding of a result costs at most; sums are to be as good as that.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-12}
-
-
-def check(indices, weight, scores, grad, tolerance=None):
-    """Result and both gradients. Scores are rounded to the table's type, which the reference does too."""
-    weight, scores = weight.clone().requires_grad_(), scores.clone().requires_grad_()
-    y = xformers_embedding_bag(indices, weight, scores)
-    assert y.dtype == weight.dtype
-    assert y.shape == (len(indices), weight.shape[1])
-    y.backward(grad.to(y.dtype))
-    assert (weight.grad.dtype, scores.grad.dtype) == (weight.dtype, scores.dtype)
-    assert (weight.grad.shape, scores.grad.shape) == (weight.shape, scores.shape)
-
-    exact_weight = weight.detach().double().requires_grad_()
-    exact_scores = scores.detach().to(weight.dtype).double().requires_grad_()
-    expected = (exact_weight[indices.long()] * exact_scores[..., None]).sum(1)
-    expected.backward(grad.to(y.dtype).double())
-    tolerance = tolerance or max(TOLERANCE[weight.dtype], TOLERANCE[scores.dtype])
-    for actual, exact in ((y, expected), (weight.grad, exact_weight.grad), (scores.grad, exact_scores.grad)):
-        assert (actual.double() - exact).norm() <= tolerance * exact.norm() + 1e-6
-
-
-def draw(n, bag, size, dim, dtype, index_dtype=torch.int64, score_dtype=torch.float32, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return (
-        torch.randint(size, (n, bag), generator=rng).to(index_dtype),
-        torch.randn(size, dim, generator=rng).to(dtype),
-        torch.rand(n, bag, generator=rng).to(score_dtype),
-        torch.randn(n, dim, generator=rng),
-    )
+from tests.helpers.lookups import DTYPES, TOLERANCE, check_sums, draw
 
 
 @given(
@@ -53,9 +21,8 @@ def draw(n, bag, size, dim, dtype, index_dtype=torch.int64, score_dtype=torch.fl
     score_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=150, deadline=None)
 def test_any_shape(n, bag, size, dim, dtype, index_dtype, score_dtype, seed):
-    check(*draw(n, bag, size, dim, dtype, index_dtype, score_dtype, seed))
+    check_sums(*draw(n, bag, size, dim, dtype, index_dtype, score_dtype, seed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,7 +32,7 @@ def test_many_tokens(monkeypatch, chunk_elements, size, dtype):
     """With 3 slots each gradient row sums thousands of terms, which must not be lost to rounding."""
     monkeypatch.setattr(xformer_embeddingbag, "CHUNK_ELEMENTS", chunk_elements)
     for n in (255, 256, 769):
-        check(*draw(n, 12, size, 16, dtype))
+        check_sums(*draw(n, 12, size, 16, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +60,7 @@ def test_a_long_bag_is_summed_precisely(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_slots_of_one_bag_count_each(dtype):
     indices = torch.tensor([[1, 1, 1, 0], [2, 0, 2, 2]])
-    check(indices, *draw(2, 4, 3, 5, dtype)[1:])
+    check_sums(indices, *draw(2, 4, 3, 5, dtype)[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,7 +70,7 @@ def test_layouts(dtype):
     expected = xformers_embedding_bag(indices, weight, scores)
     transposed = [x.t().contiguous().t() for x in (indices, weight, scores)]
     assert torch.allclose(xformers_embedding_bag(*transposed), expected, rtol=2 * TOLERANCE[dtype], atol=1e-6)
-    check(*transposed, grad)
+    check_sums(*transposed, grad)
     results = []
     for make in (lambda y: y.sum().backward(), lambda y: y.backward(torch.ones_like(y))):
         leaf = weight.clone().requires_grad_()
@@ -133,7 +100,7 @@ def test_gradients_against_finite_differences():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_to_look_up(dtype):
     indices, weight, scores, grad = draw(0, 4, 10, 8, dtype)
-    check(indices, weight, scores, grad)
+    check_sums(indices, weight, scores, grad)
 
 
 @pytest.mark.parametrize("mode", ["mean", "max", ""])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
@@ -67,7 +67,6 @@ def fetches(monkeypatch) -> list[int]:
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=80, deadline=None)
 def test_results_and_gradients_are_the_same(kind, n, bag, size, dim, dtype, index_dtype, seed):
     results = []
     for on_cpu in (False, True):

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -92,7 +92,6 @@ def reference(args: OptimArgs, n_steps: int, step: int) -> float | None:
     ).filter(lambda args: args.scheduler != "inv_sqrt" or args.warmup > 0),
     n_steps=st.integers(1, 60),
 )
-@settings(max_examples=300, deadline=None)
 def test_factors_follow_the_formulas(args, n_steps):
     schedule = build_lr_fn(args, n_steps)
     for step in range(max(n_steps, args.warmup) + 5):

@@ -25,7 +25,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lingua import shuffle, shuffle_jobs, shuffle_output
@@ -88,7 +88,6 @@ LINE = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     parts=st.lists(st.tuples(LINE, st.sampled_from([b"\n", b"\r\n"])), max_size=12),
     ends_without=st.booleans(),
@@ -880,7 +879,8 @@ def count_files(folder: Path, patterns: tuple[str, ...]) -> int:
     return sum(1 for pattern in patterns for _ in folder.glob(pattern))
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, n_kills: int) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     files = {f"{number}.jsonl": lines(f"{number}.jsonl", 4000, 400) for number in range(3)}
     for name, texts in files.items():
@@ -890,10 +890,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
     arguments = (folder, out, MEMORY, 2, 20_000, nchunks)
     randomness = random.Random(0)
     killed_in: Counter[str] = Counter()
-    while killed_in.total() < 20:
+    while killed_in.total() < n_kills:
         process = start(*arguments)
         # Not while Python starts, where there would be nothing to lose; and half of them in the second pass.
-        wanted = ("units-*/*.runs", "chunks-*/*.json") if killed_in.total() < 10 else ("chunks-*/*.json",)
+        wanted = ("units-*/*.runs", "chunks-*/*.json") if killed_in.total() < n_kills // 2 else ("chunks-*/*.json",)
         before = count_files(out / ".work", wanted)
         while process.poll() is None and count_files(out / ".work", wanted) <= before:
             time.sleep(0.002)
@@ -912,8 +912,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
     assert process.wait() == 0, process.stderr.read()
     assert written(out) == expected
     assert not (out / ".work").exists()
-    assert killed_in["scatter"] >= 3
-    assert killed_in["gather"] >= 3
+    assert killed_in["scatter"] >= n_kills // 6
+    assert killed_in["gather"] >= n_kills // 6
 
 
 def test_a_worker_that_dies(tmp_path: Path) -> None:
@@ -960,7 +960,7 @@ def peaks(process: subprocess.Popen) -> dict[int, int]:
 
 def test_memory_stays_within_what_is_given_with_long_documents_among_short_ones(tmp_path: Path) -> None:
     """A parquet file of which a stretch is 1000 times as long as the rest."""
-    texts = ["short"] * 200_000 + ["x" * 200_000] * 600
+    texts = ["short"] * 200_000 + ["x" * 200_000] * 400
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", write_batch_size=4)
     memory = 180_000_000
@@ -972,14 +972,14 @@ def test_memory_stays_within_what_is_given_with_long_documents_among_short_ones(
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_memory_stays_within_what_is_given(tmp_path: Path, suffix: str) -> None:
-    """All processes together, with 320 MB of text."""
-    text = np.random.default_rng(0).integers(32, 127, 4_000_000, dtype=np.uint8).tobytes().decode().replace('"', "'")
-    starts = range(0, 3_990_000, 400)
+    """All processes together, with 80 MB of text."""
+    text = np.random.default_rng(0).integers(32, 127, 1_000_000, dtype=np.uint8).tobytes().decode().replace('"', "'")
+    starts = range(0, 996_000, 400)
     for number in range(8):
         texts = [text[start : start + 4000] for start in starts]
         if suffix == ".parquet":
             (tmp_path / "in").mkdir(exist_ok=True)
-            pq.write_table(pa.table({"text": texts}), tmp_path / "in" / f"{number}.parquet", row_group_size=10_000)
+            pq.write_table(pa.table({"text": texts}), tmp_path / "in" / f"{number}.parquet", row_group_size=2_500)
         else:
             write_jsonl(tmp_path / "in" / f"{number}.jsonl", [json.dumps({"text": text}).encode() for text in texts])
     memory = 180_000_000

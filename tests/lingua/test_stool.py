@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -292,7 +292,6 @@ def test_a_controller_that_is_away_is_asked_again(monkeypatch, caplog):
 
 
 @given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40))
-@settings(max_examples=200, deadline=None)
 def test_text_from_the_command_line_is_kept(value):
     """As it stands, unless YAML says that it is quoted, nothing, or a reference, or it begins with a home folder."""
     if "${" in value or value.strip() in ("", "~") or value.strip().lower() == "null" or value[0] in "'\"#[{~":

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -40,13 +40,15 @@ def script() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_run(build_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The folder that a run wrote to, by a relative path."""
-    cwd = tmp_path_factory.mktemp("first")
-    result = run(cwd, "sample", PYTHONHASHSEED="1")
-    assert result.returncode == 0, result.stderr
-    assert "prose; written to" in result.stdout
-    return cwd / "sample" / "stdlib"
+
+    def build(cwd: Path) -> None:
+        result = run(cwd, "sample", PYTHONHASHSEED="1")
+        assert result.returncode == 0, result.stderr
+        assert "prose; written to" in result.stdout
+
+    return build_once("sample", build) / "sample" / "stdlib"
 
 
 @pytest.fixture(scope="module")
