@@ -9,11 +9,7 @@ import psutil
 import pytest
 import torch
 
-from apps.main.train import TrainArgs
-from apps.main.transformer import LMTransformer
-from lingua.args import parse_args
-from lingua.checkpoint import load_model
-from tests.helpers.plain import train_plainly
+from tests.helpers.plain import METRICS, assert_follows, load, train_plainly
 from tests.helpers.training import (
     REPOSITORY,
     finish_command,
@@ -48,63 +44,39 @@ def whole(tiny, build_once):
     return build_once("by torchrun", build) / "run"
 
 
-def assert_follows(dump_dir, argv, n_ranks):
-    metrics = read_metrics(dump_dir)
-    assert [line["global_step"] for line in metrics] == list(range(1, STEPS + 1))
-    plain, plain_model = train_plainly(argv, n_ranks)
-    assert plain[-1][0] < 0.7 * plain[0][0], "it learns nothing, so it compares nothing"
-    for line, (loss, grad_norm, value_grad_norm) in zip(metrics, plain, strict=True):
-        assert line["loss/out"] == pytest.approx(loss, rel=1e-3)
-        assert line["optim/grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
-        assert line["optim/value_grad_norm"] == pytest.approx(value_grad_norm, rel=1e-3)
-    args = parse_args(TrainArgs, [str(argument) for argument in argv])
-    tokens = STEPS * args.grad_acc_steps * args.data.batch_size * args.data.seq_len * n_ranks
-    assert metrics[-1]["optim/total_tokens"] == tokens
-    # One copy of the weights, and the right one, is what the checkpoint holds.
-    model = LMTransformer(parse_config_of(dump_dir))
-    load_model(dump_dir / "checkpoints" / f"{STEPS:010d}", model)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, plain_model.get_parameter(name), rtol=1e-2, atol=1e-3)
-
-
-def parse_config_of(dump_dir):
-    return parse_args(TrainArgs, [f"config={dump_dir / 'config.yaml'}"]).model
-
-
 def test_follows_one_process(whole, tiny):
-    assert_follows(whole, [f"config={tiny}", f"dump_dir={whole}", f"steps={STEPS}"], 2)
+    metrics = read_metrics(whole)
+    assert [line["global_step"] for line in metrics] == list(range(1, STEPS + 1))
+    argv = [f"config={tiny}", f"dump_dir={whole}", f"steps={STEPS}"]
+    expected, expected_model = train_plainly(argv, 2)
+    assert expected[-1][0] < 0.7 * expected[0][0], "it learns nothing, so it compares nothing"
+    for line, values in zip(metrics, expected, strict=True):
+        assert [line[name] for name in METRICS] == pytest.approx(values, rel=1e-3)
+    assert metrics[-1]["optim/total_tokens"] == STEPS * 2 * 2 * 2 * 32
+    # One copy of the weights, and the right one, is what the checkpoint holds.
+    model = load(whole, STEPS)
+    for name, parameter in expected_model.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-2, atol=1e-3)
     places = sorted(file.name for file in (whole / "checkpoints" / "0000000020").glob("train_state_*"))
     assert places == ["train_state_00000.json", "train_state_00001.json"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["grad_acc_steps=1", "model.productkey_args.mem_share_values=false"],
-        ["grad_acc_steps=3", "optim.clip=0.5", "data.sources.beta=0"],
-        ["grad_acc_steps=2", "model.weight_tying=true", "model.productkey_args.peer_variant=true"],
-    ],
-)
-def test_variants_follow_one_process(run, tmp_path, arguments):
-    argv = run("run", *arguments)
-    for rank in start_ranks(2, argv, tmp_path):
-        rank.finish().ok()
-    assert_follows(tmp_path / "run", argv, 2)
+def test_clips_after_the_last_batch_of_a_step(train, plain):
+    """What is averaged and clipped is the sum of a step's batches; none are of a source that is left out."""
+    arguments = ["optim.clip=0.5", "data.sources.beta=0"]
+    dump_dir = train("run", 2, {}, "grad_acc_steps=3", *arguments)
+    assert_follows(dump_dir, plain(2, 3, *arguments))
+    assert all(line["optim/grad_norm"] > 0.5 for line in read_metrics(dump_dir)), "nothing is clipped"
 
 
-def test_one_rank_is_no_special_case(run, tmp_path):
+def test_one_rank_is_no_special_case(train, plain):
     """One process, with torchrun's variables and without, and the plain loop."""
-    (alone,) = start_ranks(1, run("torchrun"), tmp_path)
-    alone.finish().ok()
-    assert_follows(tmp_path / "torchrun", run("torchrun"), 1)
+    assert_follows(train("torchrun", 1, {}, "grad_acc_steps=2"), plain(1, 2))
 
 
-def test_three_ranks(run, tmp_path):
+def test_three_ranks(train, plain):
     """More ranks than one source has files, and a number that does not divide those of the other."""
-    argv = run("run", "grad_acc_steps=1")
-    for rank in start_ranks(3, argv, tmp_path):
-        rank.finish().ok()
-    assert_follows(tmp_path / "run", argv, 3)
+    assert_follows(train("run", 3, {}, "grad_acc_steps=1"), plain(3, 1))
 
 
 def test_killed_and_resumed(run, whole, tmp_path):

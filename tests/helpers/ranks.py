@@ -4,112 +4,210 @@ def add(number):
     return dist.get_rank() + number  # torch.distributed is initialized
 
 assert run_ranks(4, add, 10) == [10, 11, 12, 13]
+
+The processes are a pool that lives as long as this one, one for each number of ranks: starting processes is cheap, but
+most of what PyTorch does for the first time in a process (DTensor, FSDP, the compiler) is not.
 """
 
+import contextlib
+import gc
+import io
 import multiprocessing
 import os
-import tempfile
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Seconds; far more than anything takes here. It ends what hangs, and is no measure of speed.
 PATIENCE = 240
-# Seconds that the other ranks get, behind the first one that fails, to tell of their errors.
+# Seconds that the other ranks get, after the first one that fails, to report their errors.
 PATIENCE_WITH_OTHERS = 5
 
 PROCESSES = multiprocessing.get_context("forkserver")
+
+# How names of this repository's modules begin.
+OURS = ("lingua", "apps", "tests", "test_")
 
 
 def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
     """Calls `function(*arguments)`, of a module's top level, on `n_ranks` ranks; returns what each of them returned.
 
     That may be anything that torch.save and torch.load (weights_only) take. What fails on a rank fails here, with the
-    tracebacks of all ranks that failed, the first one first.
+    tracebacks of all ranks that failed, the first one first (AssertionError); the next call gets new processes.
+
+    Each call finds what it would find in new processes: torch's random numbers begin anew, and modules of this
+    repository are as they were, whatever a call has assigned to their names. Groups that a call has made are destroyed,
+    and what torch has cached of them or compiled is dropped.
     """
-    # Importing torch takes seconds, so processes are forked from a server that has done it. The list is the one of
-    # tests/helpers/training.py: there is one server, started by whoever comes first.
-    PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [_Rank(rank, n_ranks, folder, patience, function, arguments) for rank in range(n_ranks)]
-        try:
-            errors = _wait_for(ranks, patience)
-        finally:
-            for rank in ranks:
-                rank.end()
+    pool = _POOLS.pop(n_ranks, None)
+    if pool is not None and pool.patience != patience:
+        pool.end()
+        pool = None
+    pool = pool or _Pool(n_ranks, patience)
+    try:
+        results = pool.call(function, arguments)
+    except BaseException:
+        pool.end()
+        raise
+    _POOLS[n_ranks] = pool
+    return results
+
+
+@contextlib.contextmanager
+def fake_ranks(n_ranks: int) -> Iterator[None]:
+    """Makes this process the first of `n_ranks` of which the others are not there.
+
+    Collectives send nothing. Their results have the sizes that they would have, and the values of this rank: what is
+    gathered is as if the others had the same, what is reduced is not added up.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    try:
+        yield
+    finally:
+        _forget_groups()
+        dist.destroy_process_group()
+
+
+class _Pool:
+    """Ranks that have met. It ends with this process, as its processes are daemons."""
+
+    def __init__(self, n_ranks: int, patience: float):
+        # Importing torch takes seconds, so processes are forked from a server that has done it. The list is the one of
+        # tests/helpers/training.py: there is one server, started by whoever comes first.
+        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
+        self.patience = patience
+        self._store = dist.TCPStore("127.0.0.1", 0, n_ranks, is_master=True, wait_for_workers=False)
+        self._ranks = [_Rank(rank, n_ranks, self._store.port, patience) for rank in range(n_ranks)]
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        for rank in self._ranks:
+            rank.start(function, arguments)
+        results, errors = self._wait()
         if errors:
+            n_ranks = len(self._ranks)
             raise AssertionError("\n".join(f"rank {rank} of {n_ranks}: {error}" for rank, error in errors.items()))
-        return [torch.load(rank.file) for rank in ranks]
+        return [torch.load(io.BytesIO(results[rank.number])) for rank in self._ranks]
+
+    def _wait(self) -> tuple[dict[int, bytes], dict[int, str]]:
+        """Number of the rank -> its result, and its error, of those that failed in the order in which they did."""
+        results, errors = {}, {}
+        deadline = time.monotonic() + self.patience
+        waiting = {rank.connection: rank for rank in self._ranks}
+        while waiting:
+            done = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+            for connection in done:
+                rank = waiting.pop(connection)
+                error, result = rank.outcome()
+                if error is None:
+                    results[rank.number] = result
+                else:
+                    errors[rank.number] = error
+                    deadline = min(deadline, time.monotonic() + PATIENCE_WITH_OTHERS)
+            if not done:
+                errors |= {rank.number: "no end in time" for rank in waiting.values()}
+                break
+        return results, errors
+
+    def end(self) -> None:
+        for rank in self._ranks:
+            rank.end()
+
+
+_POOLS: dict[int, _Pool] = {}
 
 
 class _Rank:
-    """One process, as the test sees it. Through the connection it says how it ended, and waits to be let go."""
+    """One process, as the test sees it."""
 
-    def __init__(self, number: int, n_ranks: int, folder: str, patience: float, function: Callable, arguments: tuple):
-        self.number, self.file = number, Path(folder) / f"{number}.pt"
+    def __init__(self, number: int, n_ranks: int, port: int, patience: float):
+        self.number = number
         self.connection, its_end = PROCESSES.Pipe()
-        arguments = (number, n_ranks, folder, patience, function, arguments, its_end)
-        self.process = PROCESSES.Process(target=_be_a_rank, args=arguments, daemon=True)
+        self.process = PROCESSES.Process(
+            target=_be_a_rank, args=(number, n_ranks, port, patience, its_end), daemon=True
+        )
         self.process.start()
         its_end.close()
-        self.done = False
 
-    def error(self) -> str | None:
-        """Of a rank that is done, None if all went well."""
-        self.done = True
+    def start(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it is gone: its outcome says so
+            self.connection.send(sys.path)
+            self.connection.send((function, arguments))
+
+    def outcome(self) -> tuple[str | None, bytes]:
+        """Of a call that is done: the error, None if all went well, and the result."""
         try:
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join(PATIENCE_WITH_OTHERS)
-            return f"gone without a word, exit code {self.process.exitcode}"
+            return f"gone without a word, exit code {self.process.exitcode}", b""
 
     def end(self) -> None:
-        if not self.done:
-            self.process.kill()
+        self.process.kill()
         self.connection.close()
         self.process.join()
 
 
-def _wait_for(ranks: list[_Rank], patience: float) -> dict[int, str]:
-    """Number of the rank -> its error, of those that have failed, in the order in which they did."""
-    errors = {}
-    deadline = time.monotonic() + patience
-    waiting = {rank.connection: rank for rank in ranks}
-    while waiting:
-        done = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
-        for connection in done:
-            rank = waiting.pop(connection)
-            error = rank.error()
-            if error is not None:
-                errors[rank.number] = error
-                deadline = min(deadline, time.monotonic() + PATIENCE_WITH_OTHERS)
-        if not done:
-            return errors | {rank.number: "no end in time" for rank in waiting.values()}
-    return errors
-
-
-def _be_a_rank(
-    rank: int, n_ranks: int, folder: str, patience: float, function: Callable, arguments: tuple, connection: Connection
-) -> None:
-    """What a forked process does."""
+def _be_a_rank(rank: int, n_ranks: int, port: int, patience: float, connection: Connection) -> None:
+    """What a forked process does: one call after the other, until one fails or the pool ends."""
     torch.set_num_threads(1)
-    error = None
     try:
         # Whoever waits for a rank that hangs has the time to say where.
-        store, timeout = dist.FileStore(f"{folder}/store", n_ranks), timedelta(seconds=patience / 2)
+        store, timeout = dist.TCPStore("127.0.0.1", port, n_ranks), timedelta(seconds=patience / 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timeout)
-        torch.save(function(*arguments), f"{folder}/{rank}.pt")
+        random_numbers = torch.get_rng_state()
+        gc.freeze()  # what is there now is looked through no more, nor its memory copied for that
+        while True:
+            # Test modules are found where the test process finds them.
+            sys.path[:] = connection.recv()
+            function, arguments = connection.recv()
+            _forget_groups()
+            gc.collect()
+            torch.set_rng_state(random_numbers)
+            with _as_they_were(_modules()):
+                result = io.BytesIO()
+                torch.save(function(*arguments), result)
+            connection.send((None, result.getvalue()))
+    except EOFError:
+        pass  # the test process is gone
     except BaseException:
-        error = traceback.format_exc()
-    connection.send(error)
-    if error is None:
-        # Others may not be done with this rank yet; those who wait for one that failed are to find it gone.
-        connection.poll(None)
+        connection.send((traceback.format_exc(), b""))
+    # At once: those who wait for this rank are to find it gone.
     os._exit(0)
+
+
+def _forget_groups() -> None:
+    """Drops the groups of the call before, which all ranks are done with by now, and what is cached of them.
+
+    DTensor's caches hold meshes that compare equal to new ones, and name groups that are no more.
+    """
+    torch._dynamo.reset()
+    _clear_sharding_prop_cache()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def _modules() -> list[ModuleType]:
+    return [module for name, module in list(sys.modules.items()) if name.startswith(OURS)]
+
+
+@contextlib.contextmanager
+def _as_they_were(modules: list[ModuleType]) -> Iterator[None]:
+    """Undoes what is assigned to the modules' names within, but for modules that are imported."""
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, before, strict=True):
+        for name in vars(module).keys() - names.keys():
+            if not isinstance(vars(module)[name], ModuleType):
+                del vars(module)[name]
+        vars(module).update(names)

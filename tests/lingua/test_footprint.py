@@ -10,7 +10,7 @@ from apps.main.train import TrainArgs
 from lingua.args import from_dict
 from lingua.distributed import World, validate_distributed_args
 from lingua.parallelize import validate_parallelism
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fake_ranks, run_ranks
 
 MEMORY = {"is_enabled": True, "layers": "1,3", "mem_n_keys": 24, "mem_heads": 2, "mem_knn": 8, "mem_k_dim": 16}
 SIZES = {"dim": 64, "n_layers": 4, "n_heads": 4, "multiple_of": 40, "vocab_size": 96, "max_seqlen": 32}
@@ -138,9 +138,30 @@ def test_on_one_rank(name):
     check(lines, name, OF_ROWS if name == "sparse" else ())
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_on_ranks(n_ranks):
-    first_ranks = run_ranks(n_ranks, measured_lines, list(CASES[n_ranks].values()), n_ranks)[0]
-    for name, lines in zip(CASES[n_ranks], first_ranks, strict=True):
-        assert len(lines) > 5, name
+@pytest.mark.parametrize(
+    ("n_ranks", "name"), [pytest.param(n, name, id=f"{n}-{name}") for n in (2, 4) for name in CASES[n]]
+)
+def test_on_ranks(n_ranks, name):
+    """Of which the others are not there: what they would send changes no size, but for the rows that they have read."""
+    with fake_ranks(n_ranks):
+        [lines] = measured_lines([CASES[n_ranks][name]], n_ranks)
+    assert len(lines) > 5
+    check(lines, name, OF_ROWS if "sparse" in name else ())
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "names"),
+    [(2, ["full_shard"]), (4, ["memory parallel in pairs, HSDP", "sparse, memory parallel in pairs"])],
+)
+def test_on_ranks_that_are_there(n_ranks, names):
+    """Bytes are those that are counted where the other ranks are not."""
+    cases = [CASES[n_ranks][name] for name in names]
+    first_rank = run_ranks(n_ranks, measured_lines, cases, n_ranks)[0]
+    for name, case, lines in zip(names, cases, first_rank, strict=True):
         check(lines, name, OF_ROWS if "sparse" in name else ())
+        if "sparse" not in name:
+            with fake_ranks(n_ranks):
+                [alone] = measured_lines([case], n_ranks)
+            for line, expected in zip(lines, alone, strict=True):
+                # How long a gathered block outlives its use depends on when its collective ends.
+                assert line == expected or line["on a rank"] == "at once in a step"

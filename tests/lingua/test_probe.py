@@ -320,7 +320,8 @@ def test_training_is_untouched(recomputing):
         check_untouched(args, **RECOMPUTING[recomputing], **options)
 
 
-def check_compiled(recomputing: dict[str, bool]) -> None:
+@pytest.mark.parametrize("recomputing", RECOMPUTING)
+def test_nothing_is_compiled_again(recomputing, monkeypatch):
     """Compiles as `distributed.compile` does, but for generating no code, and counts what is compiled."""
     graphs = []
 
@@ -328,22 +329,17 @@ def check_compiled(recomputing: dict[str, bool]) -> None:
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
-    torch.compile = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     args = model_args({"layers": "1"}, n_layers=2)
     compiled = []
     for probing in (False, True):
         torch._dynamo.reset()
         graphs.clear()
-        compiled.append((train(args, probing, "sparse", compile=True, **recomputing), len(graphs)))
+        compiled.append((train(args, probing, "sparse", compile=True, **RECOMPUTING[recomputing]), len(graphs)))
     (without, n_without), (with_probe, n_with) = compiled
     assert n_with == n_without >= args.n_layers
     assert with_probe["losses"] == without["losses"]
     assert all(with_probe[key].equal(value) for key, value in without.items() if isinstance(value, torch.Tensor))
-
-
-@pytest.mark.parametrize("recomputing", RECOMPUTING)
-def test_nothing_is_compiled_again(recomputing):
-    run_ranks(1, check_compiled, RECOMPUTING[recomputing])
 
 
 def check_layout(layout: dict[str, Any]) -> None:
