@@ -19,6 +19,7 @@ from omegaconf.basecontainer import BaseContainer
 
 from apps.main.train import TrainArgs
 from lingua.args import PATH_KEYS, from_dict, looks_secret, parse_args, read_yaml, refuse_secrets, to_dict, to_yaml
+from lingua.errors import UserError
 
 
 @dataclass
@@ -71,7 +72,7 @@ def one_line(message: str) -> bool:
 def refusal(argv: list[str], cls: type = Outer) -> str:
     with pytest.raises(ValueError, match=".") as caught:
         parse_args(cls, argv)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     message = str(caught.value)
     assert one_line(message)
     return message
@@ -654,7 +655,7 @@ def check_arguments(argv: list[str]) -> None:
     except ValueError as error:
         result = error
     if isinstance(result, ValueError):
-        assert type(result) is ValueError
+        assert type(result) is UserError
         assert one_line(str(result)), repr(str(result))
     else:
         assert type(result) is Outer

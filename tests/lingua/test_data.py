@@ -33,6 +33,7 @@ from lingua.data import (
     redistribute_state,
     share_files,
 )
+from lingua.errors import UserError
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
 BOS, EOS = 256, 257
@@ -92,7 +93,7 @@ def refusal(args: DataArgs, state=None, rank: int = 0, world_size: int = 1, n: i
         take(args, n, state, rank, world_size)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     return message
 
 
