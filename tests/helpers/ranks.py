@@ -5,8 +5,8 @@ def add(number):
 
 assert run_ranks(4, add, 10) == [10, 11, 12, 13]
 
-The processes are a pool that lives as long as this one, one for each number of ranks: starting processes is cheap, but
-most of what PyTorch does for the first time in a process (DTensor, FSDP, the compiler) is not.
+The processes are a pool, one for each number of ranks, that serves many calls: starting processes is cheap, but most of
+what PyTorch does for the first time in a process (DTensor, FSDP, the compiler) is not.
 """
 
 import contextlib
@@ -35,6 +35,9 @@ PATIENCE_WITH_OTHERS = 5
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
+# After this many calls a pool is made anew: gloo keeps the threads of groups that were destroyed, some ten a call.
+CALLS_OF_A_POOL = 20
+
 # How names of this repository's modules begin.
 OURS = ("lingua", "apps", "tests", "test_")
 
@@ -59,7 +62,10 @@ def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, patie
     except BaseException:
         pool.end()
         raise
-    _POOLS[n_ranks] = pool
+    if pool.n_calls < CALLS_OF_A_POOL:
+        _POOLS[n_ranks] = pool
+    else:
+        pool.end()
     return results
 
 
@@ -85,11 +91,12 @@ class _Pool:
         # Importing torch takes seconds, so processes are forked from a server that has done it. The list is the one of
         # tests/helpers/training.py: there is one server, started by whoever comes first.
         PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
-        self.patience = patience
+        self.patience, self.n_calls = patience, 0
         self._store = dist.TCPStore("127.0.0.1", 0, n_ranks, is_master=True, wait_for_workers=False)
         self._ranks = [_Rank(rank, n_ranks, self._store.port, patience) for rank in range(n_ranks)]
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        self.n_calls += 1
         for rank in self._ranks:
             rank.start(function, arguments)
         results, errors = self._wait()
