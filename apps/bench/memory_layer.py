@@ -3,21 +3,25 @@
     python -m apps.bench.memory_layer                                # a GPU: 2**20 slots of 1024 in bf16, 32,768 tokens
     python -m apps.bench.memory_layer device=cpu                     # a CPU: 2**18 slots of 256 in fp32, 1,024 tokens
     python -m apps.bench.memory_layer n_keys=512 dim=768 tokens=8192 dtype=fp32 out=result.json
+    python -m apps.bench.memory_layer n_keys=8192                    # where the table does not fit, the search alone
 
 `must move`: bytes of rows that have to be read or written, each place of a bag counted (a cache may save some); `of a
 copy`: the speed at which that is done, in parts of the speed at which this device copies. `error`: relative, against
-fp64, on some of the tokens or slots. `at most`: memory beside what was there before, on a GPU.
+fp64, on some of the tokens or slots: fewer tokens of a large search, whose every pair of keys is compared. `at most`:
+memory beside what was there before, on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -25,11 +29,17 @@ from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.distributed import DTYPES, run_main
 from lingua.errors import UserError
+from lingua.initialize import uniform
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 
 CHECKED = 64  # tokens or slots whose results are compared with fp64
+# Sums of two scores that the search is compared with: in all, for fewer tokens of a larger memory, and at once.
+SUMS_CHECKED = 2**28
+SUMS_AT_ONCE = 2**24
+# What is measured holds a table, its gradient, and PyTorch's.
+TABLES_HELD = 4
 
 
 @dataclass
@@ -48,6 +58,8 @@ class BenchArgs:
     seed: int = 0
     out: str | None = None
 
+
+logger = logging.getLogger()
 
 Step = Callable[[], object]
 
@@ -169,7 +181,8 @@ def bench_lookup(bench: Bench, slots: torch.Tensor, table: torch.Tensor, grad: t
     found = []
     for lookup, inputs in ((ours, leaves), (theirs, their_leaves)):
         with_gradients(lookup, inputs, grad)()
-        found.append(table.grad[:CHECKED])
+        found.append(table.grad[:CHECKED].clone())
+        table.grad = None
     where = slots < CHECKED
     exact = torch.zeros(CHECKED, table.shape[1], dtype=torch.float64, device=table.device)
     tokens = torch.arange(n, device=slots.device)[:, None].expand_as(slots)[where]
@@ -301,6 +314,21 @@ def use_plain_operators(memory: HashingMemory) -> None:
     memory.lookup = functools.partial(plain_lookup, memory)
 
 
+def exact_scores(memory: HashingMemory, query: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The best scores out of all n * n sums in fp64, of the first tokens: as many as take a few seconds."""
+    n_keys, knn = memory.n_keys, memory.knn
+    keys = memory.keys.view(memory.heads, 2, n_keys, -1).to(dtype).double()
+    n_checked = min(max(SUMS_CHECKED // (memory.heads * n_keys**2), 1), CHECKED, len(query))
+    halves = query[:n_checked].view(n_checked, memory.heads, 2, -1).double()
+    scores1, scores2 = torch.einsum("nhcd,hckd->cnhk", halves, keys)
+    best = scores1.new_full((n_checked, memory.heads, knn), -torch.inf)
+    at_once = max(SUMS_AT_ONCE // (n_checked * memory.heads * n_keys), 1)
+    for some in scores1.split(at_once, dim=2):
+        sums = (some[..., :, None] + scores2[..., None, :]).flatten(-2)
+        best = torch.cat((best, sums.topk(min(knn, sums.shape[-1])).values), dim=-1).topk(knn).values
+    return best
+
+
 def bench_search(bench: Bench, memory: HashingMemory, n_tokens: int, dtype: torch.dtype) -> None:
     device = bench.device
     query = torch.randn(n_tokens, memory.heads * memory.k_dim, device=device, dtype=dtype)
@@ -316,11 +344,9 @@ def bench_search(bench: Bench, memory: HashingMemory, n_tokens: int, dtype: torc
     ours = search(lambda query: memory.get_indices(query, memory.knn))
     theirs = search(lambda query: plain_search(memory, query))
     with torch.no_grad():
-        keys = memory.keys.view(memory.heads, 2, memory.n_keys, -1).to(dtype).double()
-        halves = query[:CHECKED].view(CHECKED, memory.heads, 2, -1).double()
-        scores1, scores2 = torch.einsum("nhcd,hckd->cnhk", halves, keys)
-        exact = (scores1[..., :, None] + scores2[..., None, :]).flatten(-2).topk(memory.knn).values
-        errors = (relative_error(ours(query[:CHECKED]), exact), relative_error(theirs(query[:CHECKED]), exact))
+        exact = exact_scores(memory, query, dtype)
+        some = query[: len(exact)]
+        errors = (relative_error(ours(some), exact), relative_error(theirs(some), exact))
         moved = 2 * 2 * n_tokens * memory.heads * memory.n_keys * query.element_size()
         bench.compare("search", lambda: ours(query), lambda: theirs(query), moved, errors)
     leaves = [query.requires_grad_()]
@@ -371,9 +397,25 @@ def measure(args: BenchArgs) -> list[dict[str, object]]:
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     torch.manual_seed(args.seed)
     bench = Bench(args, device)
-    with device:
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    table_bytes = n_keys**2 * dim * dtype.itemsize
+    with torch.device("meta"):
         memory = HashingMemory(dim, dim, n_keys, args.heads, args.knn, mem_k_dim=args.k_dim)
-        table = memory.tables[0].to(dtype).weight.detach()
+    if TABLES_HELD * table_bytes > free:
+        logger.warning(
+            "only the search is measured: a table of %.1f GiB takes %s times that, and %.1f GiB are free (n_keys, dim)",
+            table_bytes / 2**30,
+            TABLES_HELD,
+            free / 2**30,
+        )
+        memory.values = None
+        memory.to_empty(device=device)
+        uniform(memory.keys, memory.k_dim**-0.5)
+        bench_search(bench, memory, n_tokens, dtype)
+        return bench.rows
+    memory.to_empty(device=device).reset_parameters()
+    table = memory.tables[0].to(dtype).weight.detach()
+    with device:
         slots = torch.randint(n_keys**2, (n_tokens, args.heads * args.knn))
         x = torch.randn(n_tokens, dim, dtype=dtype)
     bench_lookup(bench, slots, table, x)

@@ -14,6 +14,9 @@ Backward: a score's gradient is the sum over the winners that it is part of. On 
 for two matrix products; on a CPU the gradients of queries and keys are weighted sums of few rows each, n / k times less
 work.
 
+A GPU has other kernels for more keys or slots than that one takes (large_search.py), and where there are none PyTorch's
+operators, for a part of the tokens at a time.
+
 Shape suffixes: N tokens, H heads, K = knn, n keys per half, D = half of the query's size, 2 the halves, R = H * N rows,
 L columns.
 """
@@ -21,6 +24,7 @@ L columns.
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,8 @@ try:
 except ImportError:  # it has no wheels for some systems, such as macOS; those have no CUDA either
     triton = None
 
+logger = logging.getLogger()
+
 # Up to so many columns NumPy sorts a row in one network of vector instructions (AVX2 or AVX-512); beyond, a column
 # costs several times more.
 SORTED_AT_ONCE = 256
@@ -41,6 +47,8 @@ CHUNK_ELEMENTS = 2**20
 # The kernel's limits: a row is held in registers, so are knn * log(knn) candidates, and a column is packed in 16 bits.
 KERNEL_MAX_KEYS = 4096
 KERNEL_MAX_KNN = 128
+# Of both halves' scores, bytes that are in GPU memory at once where PyTorch's operators search them.
+FALLBACK_BYTES = 2**28
 # Rows (of a token and a head) for each program, which is one warp: what a sort exchanges then stays within it.
 KERNEL_ROWS = 1
 
@@ -83,6 +91,24 @@ def _shapes(*tensors: torch.Tensor) -> str:
 
 @torch.library.custom_op("lingua::search", mutates_args=())
 def _search(query_NH2D: torch.Tensor, keys_H2nD: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
+    n = keys_H2nD.shape[2]
+    if not _kernel_takes(query_NH2D, n, knn):
+        if _large_kernel_takes(query_NH2D, n, knn):
+            from lingua.product_key import large_search
+
+            return large_search.search(query_NH2D, keys_H2nD, _kernel_ranks(knn, query_NH2D.device), knn)
+        if query_NH2D.is_cuda and query_NH2D.numel():
+            _warn_once(_why_no_kernel(query_NH2D.dtype, n, knn))
+            bytes_each = 2 * keys_H2nD.shape[0] * n * query_NH2D.element_size()
+            parts = query_NH2D.split(max(FALLBACK_BYTES // bytes_each, 1))
+            found = [_search_by_operators(part, keys_H2nD, knn) for part in parts]
+            return tuple(torch.cat(results) for results in zip(*found, strict=True))
+    return _search_by_operators(query_NH2D, keys_H2nD, knn)
+
+
+def _search_by_operators(
+    query_NH2D: torch.Tensor, keys_H2nD: torch.Tensor, knn: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     # Heads first, which is how the product leaves them in memory.
     scores_HNn = [
         torch.einsum("nhd,hkd->nhk", query_NH2D[:, :, half], keys_H2nD[:, half]).transpose(0, 1).contiguous()
@@ -91,6 +117,8 @@ def _search(query_NH2D: torch.Tensor, keys_H2nD: torch.Tensor, knn: int) -> tupl
     if _kernel_takes(query_NH2D, keys_H2nD.shape[2], knn):
         return _launch_search(*scores_HNn, knn)
     rows = max(CHUNK_ELEMENTS * torch.get_num_threads() // keys_H2nD.shape[2], 1)
+    if query_NH2D.is_cuda:  # which has no such cache
+        rows = max(len(query_NH2D) * keys_H2nD.shape[0], 1)
     chunks = [scores.flatten(0, 1).split(rows) for scores in scores_HNn]
     found = [_best_pairs(*halves, knn) for halves in zip(*chunks, strict=True)]
     shape = (keys_H2nD.shape[0], len(query_NH2D), knn)
@@ -112,6 +140,10 @@ def _search_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if _kernel_takes(query_NH2D, keys_H2nD.shape[2], slots_NHK.shape[2]):
         return _gradients_by_products(grad_NHK, slots_NHK, query_NH2D, keys_H2nD)
+    if _large_kernel_takes(query_NH2D, keys_H2nD.shape[2], slots_NHK.shape[2]):
+        from lingua.product_key import large_search
+
+        return large_search.gradients(grad_NHK, slots_NHK, query_NH2D, keys_H2nD)
     return _gradients_by_rows(grad_NHK, slots_NHK, query_NH2D, keys_H2nD)
 
 
@@ -144,7 +176,7 @@ def _(grad_shape, slots_shape, query_shape, keys_shape, *_: object, out_shape=No
 
 
 def _kernel_takes(query_NH2D: torch.Tensor, n: int, knn: int) -> bool:
-    """Whether the Triton kernels do it; elsewhere PyTorch does. The one place that decides."""
+    """Whether the Triton kernels of this file do it."""
     return (
         triton is not None
         and (query_NH2D.is_cuda or triton.knobs.runtime.interpret)
@@ -152,6 +184,33 @@ def _kernel_takes(query_NH2D: torch.Tensor, n: int, knn: int) -> bool:
         and n <= KERNEL_MAX_KEYS
         and knn <= KERNEL_MAX_KNN
         and query_NH2D.numel() > 0
+    )
+
+
+def _large_kernel_takes(query_NH2D: torch.Tensor, n: int, knn: int) -> bool:
+    """Whether those of large_search.py do it, where the kernels of this file do not; elsewhere PyTorch does."""
+    on_triton = triton is not None and (query_NH2D.is_cuda or triton.knobs.runtime.interpret)
+    return on_triton and query_NH2D.numel() > 0 and _why_no_kernel(query_NH2D.dtype, n, knn) is None
+
+
+def _why_no_kernel(dtype: torch.dtype, n: int, knn: int) -> str | None:
+    if triton is None:
+        return "Triton is not installed"
+    from lingua.product_key.large_search import MAX_KEYS, MAX_KNN
+
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"there is none for {dtype}"
+    if n > MAX_KEYS:
+        return f"{n} keys (mem_n_keys) are more than {MAX_KEYS}"
+    if knn > MAX_KNN:
+        return f"{knn} slots (mem_knn) are more than {MAX_KNN}"
+    return None
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    logger.warning(
+        "the product-key search has no kernel here and runs on PyTorch's operators, several times slower: %s", problem
     )
 
 
