@@ -1,7 +1,10 @@
 """How the memories are used in training: what each layer reads, over all ranks, for a log line and for a checkpoint.
 
 Slots are counted where they are read (lingua/product_key/slot_use.py). The ranks add up only when a log line is due, or
-a checkpoint: so a step costs one addition for each place that is read, and nothing of the table's size.
+a checkpoint: so a step costs a few operations for each place that is read, and none for those that are not.
+
+On a GPU this takes a byte for each slot of a table that up to four layers share, and a third of a megabyte a layer; on
+a CPU, and for small tables, eight bytes more for each slot and layer (`bytes_held`).
 """
 
 from __future__ import annotations
@@ -20,20 +23,23 @@ from torch.distributed.tensor import DTensor
 
 from lingua.distributed import local_part, reduce_sum
 from lingua.product_key.memory import HashingMemory
-from lingua.product_key.slot_use import SlotUse
+from lingua.product_key.slot_use import CHOSEN, LAYERS_PER_BYTE, SAMPLED, SlotUse, is_sampled
 
 # Rows whose change is looked at; where more were read, so many of them are drawn.
 MEASURED_ROWS = 1024
+# Slots whose bits are looked at at once, a multiple of 8.
+SLOTS_AT_ONCE = 2**22
 
 
 @dataclass
 class _Layer:
     memory: HashingMemory
     use: SlotUse
-    ever_S: torch.Tensor  # bool, the same on all ranks
     # Before an update: slots that were read, how many they stand for, and this rank's part of the tables' rows there.
     slots: torch.Tensor | None = None
     n_read: int = 0
+    top_weights: float = 0.0
+    n_queries: float = 0.0
     before: list[torch.Tensor] | None = None
 
 
@@ -46,11 +52,17 @@ class MemoryUse:
 
     def __init__(self, memories: dict[int, HashingMemory]):
         self.layers: dict[int, _Layer] = {}
+        readers: dict[int, list[int]] = {}  # table -> blocks that read it
         for number, memory in memories.items():
-            device = memory.keys.device
-            memory.slot_use = SlotUse(memory.size, device)
-            ever_S = torch.zeros(memory.size, dtype=torch.bool, device=device)
-            self.layers[number] = _Layer(memory, memory.slot_use, ever_S)
+            readers.setdefault(id(memory.tables[0]), []).append(number)
+        for numbers in readers.values():
+            for first in range(0, len(numbers), LAYERS_PER_BYTE):
+                memory = memories[numbers[first]]
+                flags = torch.zeros(memory.size + 1, dtype=torch.uint8, device=memory.keys.device)
+                for place, number in enumerate(numbers[first : first + LAYERS_PER_BYTE]):
+                    memories[number].slot_use = SlotUse(flags, place)
+                    self.layers[number] = _Layer(memories[number], memories[number].slot_use)
+        self.layers = {number: self.layers[number] for number in memories}
 
     # --- a log line ------------------------------------------------------------------------------------------------
 
@@ -58,17 +70,24 @@ class MemoryUse:
     def before_update(self, seed: int) -> None:
         """To be called between the backward passes and the optimizer's step of a step that `metrics` are wanted of."""
         for layer in self.layers.values():
-            _sum_over_ranks(layer.use.weights_S)
-            read_S = layer.use.weights_S > 0
-            layer.ever_S |= read_S
-            slots = read_S.nonzero().flatten()
-            layer.n_read = len(slots)
+            use = layer.use
+            sums = torch.cat((use.weights_M, use.top_weights[None], use.weights_M.new_tensor([use.n_queries])))
+            _sum_over_ranks(sums)
+            use.weights_M.copy_(sums[:-2])
+            layer.top_weights, layer.n_queries = sums[-2:].tolist()
+            counts = []
+            for flags in use.flags_S.split(SLOTS_AT_ONCE):
+                read = _read_by_any_rank(flags, use)
+                flags |= read * (use.read_bit | use.ever_bit)
+                counts.append(int(read.sum()))
+            layer.n_read = sum(counts)
             if layer.n_read > MEASURED_ROWS:
                 # The same on all ranks, which may each hold some columns of a row.
-                drawn = np.random.default_rng(seed).integers(layer.n_read, size=MEASURED_ROWS)
-                slots = slots[torch.from_numpy(drawn).to(slots.device)]
-            layer.slots = slots
-            layer.before = [_rows_held(table.weight, slots) for table in layer.memory.tables]
+                wanted = np.sort(np.random.default_rng(seed).integers(layer.n_read, size=MEASURED_ROWS))
+            else:
+                wanted = np.arange(layer.n_read)
+            layer.slots = _members(use.flags_S, use.read_bit, counts, wanted)
+            layer.before = [_rows_held(table.weight, layer.slots) for table in layer.memory.tables]
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -87,38 +106,44 @@ class MemoryUse:
 
         A slot is read where a weight above 0 falls on it. "Since the last log line" is since its start for a process
         that has written none. Tokens are those of all ranks.
+
+        On a GPU with more than SAMPLED slots, kl is an estimate: exact in how many slots were read, and in the weights
+        of those that were queries' best at the last log line; the unevenness among the others that were read is that of
+        a random sample (slot_use.py), in the first line of a process all of it.
         """
         if not self.layers:
             return {}
         found = {number: self._of_layer(layer) for number, layer in self.layers.items()}
         # Everything that still has to be summed, at once.
-        summed = iter(reduce_sum([value for _, parts in found.values() for value in parts]))
+        summed = reduce_sum([squares for _, squares in found.values()])
         metrics = {}
-        for number, (values, _) in found.items():
-            top_weights, n_queries, squares = next(summed), next(summed), next(summed)
-            values |= {"top_weight": top_weights / n_queries, "value_update_norm": math.sqrt(squares)}
+        for (number, (values, _)), squares in zip(found.items(), summed, strict=True):
+            values |= {"value_update_norm": math.sqrt(squares)}
             metrics |= {f"pk/layer_{number}/{name}": value for name, value in values.items()}
         return metrics
 
-    def _of_layer(self, layer: _Layer) -> tuple[dict[str, float], list[float]]:
-        """Values that are those of all ranks by now, and parts of this rank."""
+    def _of_layer(self, layer: _Layer) -> tuple[dict[str, float], float]:
+        """Values that are those of all ranks by now, and this rank's part of the squares of what has changed."""
         use, n_slots = layer.use, layer.memory.size
-        total = use.weights_S.sum()
-        # (sum w log w) / W - log W is sum z log z.
-        kl = math.log(n_slots) + torch.special.xlogy(use.weights_S, use.weights_S).sum() / total - total.log()
+        n_ever = sum(int((flags & use.ever_bit).bool().sum()) for flags in use.flags_S.split(SLOTS_AT_ONCE))
         values = {
             "read": layer.n_read / n_slots,
-            "ever_read": layer.ever_S.sum().item() / n_slots,
-            "kl": max(kl.item(), 0.0),  # rounding makes it less
+            "ever_read": n_ever / n_slots,
+            "kl": _divergence(use.weights_M.cpu().numpy(), use.n_exact, layer.n_queries, layer.n_read, n_slots),
+            "top_weight": layer.top_weights / layer.n_queries,
         }
         squares = 0.0
         for table, before in zip(layer.memory.tables, layer.before, strict=True):
             change = _rows_held(table.weight, layer.slots).float() - before.float()
             squares += change.square().sum(dtype=torch.float64).item() / _n_holders(table.weight)
-        parts = [use.top_weights.item(), use.n_queries, squares * layer.n_read / max(len(layer.slots), 1)]
         use.clear()
+        if use.is_sample:
+            if dist.is_initialized():
+                dist.broadcast(use.candidates_C, src=0)
+            use.choose(use.candidates_C)
+        squares *= layer.n_read / max(len(layer.slots), 1)
         layer.slots = layer.before = None
-        return values, parts
+        return values, squares
 
     # --- a checkpoint ----------------------------------------------------------------------------------------------
 
@@ -127,12 +152,11 @@ class MemoryUse:
         """Which slots were ever read, for `load`, as JSON takes it: block number -> bits, compressed, in base64."""
         state = {}
         for number, layer in self.layers.items():
-            read_S = (layer.use.weights_S > 0).to(torch.uint8)
-            if dist.is_initialized():
-                dist.all_reduce(read_S, op=dist.ReduceOp.MAX)
-            layer.ever_S |= read_S.bool()
-            bits = np.packbits(layer.ever_S.cpu().numpy())
-            state[str(number)] = base64.b64encode(zlib.compress(bits.tobytes())).decode()
+            use, bits = layer.use, []
+            for flags in use.flags_S.split(SLOTS_AT_ONCE):
+                flags |= _read_by_any_rank(flags, use) * use.ever_bit
+                bits.append(np.packbits((flags & use.ever_bit).bool().cpu().numpy()))
+            state[str(number)] = base64.b64encode(zlib.compress(np.concatenate(bits).tobytes())).decode()
         return state
 
     def load(self, state: Any) -> bool:
@@ -141,14 +165,65 @@ class MemoryUse:
         for number, layer in self.layers.items():
             try:
                 bits = np.frombuffer(zlib.decompress(base64.b64decode(state[str(number)])), dtype=np.uint8)
-                ever[number] = np.unpackbits(bits)[: layer.memory.size]
+                ever[number] = bits
             except (KeyError, TypeError, ValueError, zlib.error):
                 return False
             if len(bits) != -(-layer.memory.size // 8):
                 return False
-        for number, read_S in ever.items():
-            self.layers[number].ever_S.copy_(torch.from_numpy(read_S))
+        for number, bits in ever.items():
+            use = self.layers[number].use
+            for place, flags in enumerate(use.flags_S.split(SLOTS_AT_ONCE)):
+                part = bits[place * SLOTS_AT_ONCE // 8 :][: SLOTS_AT_ONCE // 8]
+                read = torch.from_numpy(np.unpackbits(part, count=len(flags))).to(flags.device)
+                flags &= 0xFF ^ use.ever_bit
+                flags |= read * use.ever_bit
         return True
+
+
+def bytes_held(n_slots: int, layers_of_tables: list[int], device: torch.device) -> int:
+    """Bytes that this takes on a rank. `layers_of_tables`: for each table how many layers read it."""
+    summed = 16 * (CHOSEN + SAMPLED) if is_sampled(n_slots, device) else 8 * n_slots  # a sum; which slot it is of
+    return sum(-(-layers // LAYERS_PER_BYTE) * (n_slots + 1) + layers * summed for layers in layers_of_tables)
+
+
+def _read_by_any_rank(flags: torch.Tensor, use: SlotUse) -> torch.Tensor:
+    """1 where a slot was read since the last log line, 0 elsewhere, uint8."""
+    read = (flags & use.read_bit).bool().to(torch.uint8)
+    if dist.is_initialized():
+        dist.all_reduce(read, op=dist.ReduceOp.MAX)
+    return read
+
+
+def _members(flags_S: torch.Tensor, bit: int, counts: list[int], wanted: np.ndarray) -> torch.Tensor:
+    """Slots that have the bit: those at the places `wanted`, sorted, among them. `counts`: how many a part has."""
+    found, before = [], 0
+    for part, (flags, count) in enumerate(zip(flags_S.split(SLOTS_AT_ONCE), counts, strict=True)):
+        places = wanted[(wanted >= before) & (wanted < before + count)] - before
+        if len(places):
+            of_part = (flags & bit).nonzero().flatten()
+            found.append(of_part[torch.from_numpy(places).to(flags.device)] + part * SLOTS_AT_ONCE)
+        before += count
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=flags_S.device)
+
+
+def _divergence(weights_M: np.ndarray, n_exact: int, n_queries: float, n_read: int, n_slots: int) -> float:
+    """log S + sum_s p_s log p_s, where p_s is the share of slot s in all weights.
+
+    The terms of the first `n_exact` slots are exact. Of all others together are known the share P and the number R that
+    were read; so with x = p R / P, whose mean over those is 1, their terms are P log(P / R) + P mean(x log x - x + 1).
+    The last mean is that of the sample: what is averaged is never negative, and 0 where weights are even.
+    """
+    chosen, others = weights_M[:n_exact], weights_M[n_exact:]
+    # The weights of a query are 1 together, but for rounding, which would be left as the share of no slot.
+    total = n_queries if len(others) else chosen.sum()
+    shares = chosen[chosen != 0] / total
+    result = math.log(n_slots) + float(np.sum(shares * np.log(shares)))
+    rest, n_others = 1.0 - float(shares.sum()), n_read - len(shares)
+    if len(others) and rest > 0 and n_others > 0:
+        x = others[others != 0] / total * n_others / rest
+        unevenness = float(np.mean(x * np.log(x) - x + 1)) if len(x) else 0.0
+        result += rest * (math.log(rest / n_others) + unevenness)
+    return result if result != result else max(result, 0.0)  # rounding makes it less
 
 
 def _sum_over_ranks(tensor: torch.Tensor) -> None:

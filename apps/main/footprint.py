@@ -9,6 +9,7 @@ W query width, G key-value width, F hidden size, V value dim (vocabulary at the 
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
 from lingua.distributed import DTYPES, World, mesh_sizes
+from lingua.memory_use import bytes_held
 from lingua.optim import split_parameters
 from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
 from lingua.product_key.memory import HashingMemory
@@ -52,6 +54,8 @@ class Footprint:
 
     `peak`: the most that a step takes beside parameters and moments. Gradients come as activations go, so it is less
     than the sum of all kinds. Resuming takes less: parameters, moments, and nothing else that grows with the model.
+    `diagnostics`: of the memories' use (logging.memory_use). `peak`: the most that a step takes beside parameters,
+    moments and diagnostics. Gradients come as activations go, so it is less than the sum of all kinds.
     """
 
     dense: int
@@ -61,6 +65,7 @@ class Footprint:
     moments: int
     copies: int
     activations: int
+    diagnostics: int
     peak: int
     flops_per_token: int
     tokens_per_step: float
@@ -68,7 +73,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.moments + self.peak
+        return self.parameters + self.moments + self.diagnostics + self.peak
 
 
 def footprint(args: TrainArgs, world: World, parts: ModelParts | None = None) -> Footprint:
@@ -112,6 +117,7 @@ class _Layout:
         self.by_rows = splits_tables_by_rows(args.distributed, world)
         self.is_full = args.distributed.fsdp_type == "full_shard"
         self.n_ranks = world.size
+        self.device = world.device
         self.fused_norms = world.device.type == "cuda"
         self.bytes = DTYPES[args.distributed.model_dtype].itemsize
         self.is_sparse = args.optim.value_update == "sparse"
@@ -187,11 +193,19 @@ class _Layout:
             moments=2 * parameters,
             copies=copies,
             activations=activations,
+            diagnostics=self.diagnostics(),
             peak=max(self.at_the_loss(gradients, copies, activations), gradients + copies + self.backward()),
             flops_per_token=self.parts.flops_per_token,
             tokens_per_step=self.args.grad_acc_steps * self.N / self.tp,
             exchanges=self.exchanges(),
         )
+
+    def diagnostics(self) -> int:
+        """Bytes of what is recorded of the memories' use: on every rank, of all slots."""
+        if not self.memories or not self.args.logging.memory_use:
+            return 0
+        readers = collections.Counter(id(memory.tables[0]) for memory in self.memories)
+        return bytes_held(self.memories[0].size, list(readers.values()), self.device)
 
     def columns(self) -> int:
         """Of a table, on this rank."""

@@ -178,6 +178,7 @@ def memory_rows(args: PlanArgs, found: Footprint) -> list[dict[str, Any]]:
         "weights gathered or cast": found.copies,
         f"activations, {tokens}": found.activations,
         "the last three and logits, at once": found.peak,
+        "diagnostics of the memories": found.diagnostics,
         "all of it": found.total,
     }
     return [

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from apps.bench.layout import compare, measure
+from apps.main.footprint import footprint
 from apps.main.train import TrainArgs
 from lingua.args import from_dict
 from lingua.distributed import World, validate_distributed_args
+from lingua.memory_use import bytes_held
 from lingua.parallelize import validate_parallelism
 from tests.helpers.ranks import fake_ranks, run_ranks
 
@@ -165,3 +167,21 @@ def test_on_ranks_that_are_there(n_ranks, names):
             for line, expected in zip(lines, alone, strict=True):
                 # How long a gathered block outlives its use depends on when its collective ends.
                 assert line == expected or line["on a rank"] == "at once in a step"
+
+
+def test_diagnostics_are_counted():
+    """A byte a slot for up to four layers that share a table; nothing where they are off."""
+    shared = {"layers": "0,1,2", "mem_n_keys": 2048}
+    for memory, changes, tables in (
+        (shared, {}, [3]),
+        (shared | {"mem_share_values": False}, {}, [1, 1, 1]),
+        (shared, {"logging": {"memory_use": False}}, []),
+        ({"is_enabled": False}, {}, []),
+    ):
+        args = from_dict(TrainArgs, config(memory, distributed=FP32, **changes), "test")
+        gpu = torch.device("cuda")
+        found = footprint(args, World(device=gpu))
+        assert found.diagnostics == bytes_held(2048**2, tables, gpu)
+        assert found.total == found.parameters + found.moments + found.peak + found.diagnostics
+        assert footprint(args, World()).diagnostics == bytes_held(2048**2, tables, torch.device("cpu"))
+    assert 2048**2 < bytes_held(2048**2, [3], gpu) < 1.3 * 2048**2

@@ -1,16 +1,20 @@
 """What a log line says of the memories' use, against the same worked out with NumPy from whole batches and tables."""
 
+import base64
 import copy
 import functools
 import math
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
+from lingua import memory_use
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer
-from lingua.product_key.slot_use import paused
+from lingua.product_key import slot_use
+from lingua.product_key.slot_use import SlotUse, paused
 from tests.helpers.layouts import MODELS, SEQ_LEN, VOCABULARY, build, build_alone, here, model_args
 from tests.helpers.ranks import run_ranks
 
@@ -179,7 +183,8 @@ def test_only_what_is_learnt_from_counts():
     copied(batch, batch).backward()
     with paused(memory.slot_use for memory in model.memories().values()):
         model(batch, batch).backward()
-    assert all(layer.use.n_queries == 0 and not layer.use.weights_S.any() for layer in use.layers.values())
+    assert all(layer.use.n_queries == 0 and not layer.use.weights_M.any() for layer in use.layers.values())
+    assert not any(layer.use.flags_S.any() for layer in use.layers.values())
     assert all(memory.slot_use.n_queries == batch.numel() * 3 for memory in copied.memories().values())
     model(batch, batch).backward()
     assert all(layer.use.n_queries == batch.numel() * 3 for layer in use.layers.values())
@@ -201,7 +206,7 @@ def test_a_part_of_the_rows_stands_for_all(monkeypatch):
     args = model_args({"mem_n_keys": 40, "mem_knn": 30})
     lines = []
     for n_rows in (10**6, 300):
-        monkeypatch.setattr("lingua.memory_use.MEASURED_ROWS", n_rows)
+        monkeypatch.setattr(memory_use, "MEASURED_ROWS", n_rows)
         model = build_alone(args)
         lines += train(model, None, draw_batches(), MemoryUse(model.memories()), logged=(2,))
     name = "pk/layer_0/value_update_norm"
@@ -215,10 +220,136 @@ def test_many_small_weights_are_not_lost():
     """Beside a sum that has grown past what fp32 can tell apart."""
     model = build_alone(MODELS["one table"])
     use = MemoryUse(model.memories()).layers[0].use
-    use.weights_S[3] = 2.0**25
+    use.weights_M[3] = 2.0**25
     for _ in range(10):
         use.note(torch.full((1, 1, 2), 3), torch.full((1, 1, 2), 0.05))
-    assert use.weights_S[3].item() == pytest.approx(2.0**25 + 1, abs=1e-3)
+    assert use.weights_M[3].item() == pytest.approx(2.0**25 + 1, abs=1e-3)
+
+
+def as_on_a_gpu(monkeypatch):
+    """Large tables are sampled."""
+    monkeypatch.setattr(slot_use, "is_sampled", lambda n_slots, device: n_slots > slot_use.SAMPLED)
+    monkeypatch.setattr(memory_use, "is_sampled", slot_use.is_sampled)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_is_no_weight_reads_nothing(waits, monkeypatch):
+    """0 and NaN, beside others of the same slots; places are recorded in parts. A GPU is not waited for."""
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(slot_use, "PLACES_AT_ONCE", 3)
+    for n_slots in (9, 30_000):
+        use = SlotUse(torch.full((n_slots + 1,), 0b1011, dtype=torch.uint8), place=1)
+        use.waits = waits
+        weights = torch.tensor([[[0.5, 0.5, 0.0]], [[1.0, 0.0, 0.0]], [[float("nan")] * 3]])
+        use.note(torch.tensor([[[1, 2, 3]], [[4, 1, 5]], [[6, 7, 8]]]), weights)
+        expected = torch.full((n_slots,), 0b1011, dtype=torch.uint8)
+        expected[[1, 2, 4]] = 0b1111
+        assert torch.equal(use.flags_S, expected)
+        assert use.weights_M.isfinite().all()
+        assert use.weights_M[: use.n_exact].sum() == (2 if n_slots == 9 else 0)
+
+
+# --- large tables ----------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_looked_at_in_parts(monkeypatch):
+    """Lines and state are those of all slots at once."""
+    results = []
+    for at_once in (2**22, 8, 64):
+        monkeypatch.setattr(memory_use, "SLOTS_AT_ONCE", at_once)
+        monkeypatch.setattr(memory_use, "MEASURED_ROWS", 30)
+        model = build_alone(SPARSELY_READ)
+        use = MemoryUse(model.memories())
+        lines = train(model, None, draw_batches(), use)
+        state = use.state()
+        resumed = MemoryUse(build_alone(SPARSELY_READ).memories())
+        assert resumed.load(state)
+        results.append((lines, state, resumed.state()))
+    assert results[0][1] == results[0][2]
+    assert results[1:] == results[:1] * 2
+
+
+N_SLOTS = 200_000
+
+
+def draw_reads(rng, how):
+    """(queries, 1, 4) slots and weights."""
+    n = 40_000
+    if how == "even":
+        slots = rng.integers(N_SLOTS, size=(n, 1, 4))
+    elif how == "few slots":
+        slots = rng.integers(50, size=(n, 1, 4)) * 3999
+    else:  # half of the weight on some thousand slots, the rest on all, unevenly
+        slots = np.minimum(rng.pareto(0.7, size=(n, 1, 4)) * 300, N_SLOTS - 1).astype(int) * 7919 % N_SLOTS
+    weights = np.sort(rng.dirichlet(np.ones(4), size=(n, 1)))[..., ::-1].copy()
+    return torch.from_numpy(slots), torch.from_numpy(weights).float()
+
+
+@pytest.mark.parametrize("how", ["even", "few slots", "heavy tail"])
+def test_kl_of_a_large_table_is_estimated(how, monkeypatch):
+    """From the second line on close to what all slots' sums give, however uneven; reads are exact."""
+    as_on_a_gpu(monkeypatch)
+    use, rng = SlotUse(torch.zeros(N_SLOTS + 1, dtype=torch.uint8)), np.random.default_rng(1)
+    assert len(use.weights_M) == slot_use.CHOSEN + slot_use.SAMPLED
+    for line in range(3):
+        total = torch.zeros(N_SLOTS, dtype=torch.float64)
+        for _ in range(2):
+            slots, weights = draw_reads(rng, how)
+            use.note(slots, weights)
+            total.scatter_add_(0, slots.flatten(), weights.flatten().double())
+        n_read = int((total > 0).sum())
+        assert int((use.flags_S & use.read_bit).bool().sum()) == n_read
+        shares = (total[total > 0] / total.sum()).numpy()
+        exact = math.log(N_SLOTS) + (shares * np.log(shares)).sum()
+        estimate = memory_use._divergence(use.weights_M.numpy(), use.n_exact, use.n_queries, n_read, N_SLOTS)
+        assert estimate == pytest.approx(exact, abs=0.03 if line or how == "even" else 1.5)
+        use.clear()
+        use.choose(use.candidates_C)
+
+
+def sampled_on_ranks():
+    slot_use.SAMPLED, slot_use.CHOSEN = 7, 4
+    slot_use.is_sampled = lambda n_slots, device: n_slots > 7
+    model, reducer = build(model_args())
+    use, n_rows = MemoryUse(model.memories()), N_ROWS // 2
+    lines = train(model, reducer, draw_batches()[:, :, here().rank * n_rows : (here().rank + 1) * n_rows], use)
+    chosen = [layer.use.chosen_C.tolist() for layer in use.layers.values()]
+    return {"lines": lines, "chosen": chosen}
+
+
+def test_ranks_choose_the_same_slots_of_a_large_table():
+    first, second = run_ranks(2, sampled_on_ranks)
+    assert first == second
+    assert all(slots[0] < 25 for slots in first["chosen"])
+    for line, expected in zip(first["lines"], reference(model_args()), strict=True):
+        for name, value in expected.items():
+            if name.endswith("kl"):
+                assert 0 <= line[name] < math.log(25)
+            else:
+                assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_bits_of_many_layers_do_not_meet(monkeypatch):
+    """Five layers of a table: four in a byte, the fifth in another; what is held is what the planner counts."""
+    args = model_args({"layers": "0,1,2,3,4", "mem_n_keys": 6}, n_layers=5)
+    model = build_alone(args)
+    use = MemoryUse(model.memories())
+    uses = [layer.use for layer in use.layers.values()]
+    for number, of_layer in enumerate(uses):
+        of_layer.note(torch.tensor([[[number]]]), torch.ones(1, 1, 1))
+    use.before_update(seed=0)
+    line = use.metrics()
+    assert [line[f"pk/layer_{i}/read"] for i in range(5)] == [1 / 36] * 5
+    for number, of_layer in enumerate(uses):
+        assert (of_layer.flags_S & of_layer.ever_bit).nonzero().flatten().tolist() == [number]
+        assert not (of_layer.flags_S & of_layer.read_bit).any()
+    held = {tensor.data_ptr(): tensor.nbytes for x in uses for tensor in (x.flags, x.weights_M)}
+    assert sum(held.values()) == memory_use.bytes_held(36, [5], torch.device("cuda")) == 2 * 37 + 5 * 36 * 8
+    assert memory_use.bytes_held(N_SLOTS, [2], torch.device("cpu")) == N_SLOTS + 1 + 2 * 8 * N_SLOTS
+    as_on_a_gpu(monkeypatch)
+    large = [SlotUse(torch.zeros(N_SLOTS + 1, dtype=torch.uint8)) for _ in range(2)]
+    held = sum(tensor.nbytes for x in large for tensor in (x.flags, x.weights_M, x.chosen_C, x.drawn_U))
+    assert held == memory_use.bytes_held(N_SLOTS, [1, 1], torch.device("cuda"))
 
 
 # --- a checkpoint ----------------------------------------------------------------------------------------------------
@@ -263,4 +394,17 @@ def test_a_state_that_does_not_fit_counts_nothing(what):
         state = what
     fresh = MemoryUse(model.memories())
     assert not fresh.load(state)
-    assert not any(layer.ever_S.any() for layer in fresh.layers.values())
+    assert not any(layer.use.flags_S.any() for layer in fresh.layers.values())
+
+
+def test_a_state_of_an_older_checkpoint_is_taken():
+    """Of the same form since there are such states: bits of the slots, the first in the highest place."""
+    model = build_alone(SPARSELY_READ)
+    ever = torch.zeros(400, dtype=torch.bool)
+    ever[[0, 9, 399]] = True
+    bits = base64.b64encode(zlib.compress(np.packbits(ever.numpy()).tobytes())).decode()
+    use = MemoryUse(model.memories())
+    assert use.load({"0": bits, "2": bits})
+    for layer in use.layers.values():
+        assert (layer.use.flags_S & layer.use.ever_bit).nonzero().flatten().tolist() == [0, 9, 399]
+    assert use.state() == {"0": bits, "2": bits}

@@ -296,7 +296,7 @@ def train(args: LMTransformerArgs, probing: bool, value_update: str = "dense", *
         assert not any(hook.__module__ == probe_module.__name__ for hook in hooks)
     states = {str(n): local_part(v) for n, state in enumerate(optimizer.state.values()) for v in state.values()}
     weights = {name: local_part(parameter.detach()) for name, parameter in model.named_parameters()}
-    use = {f"use {number}": memory.slot_use.weights_S for number, memory in model.memories().items()}
+    use = {f"use {number}": memory.slot_use.weights_M for number, memory in model.memories().items()}
     return {"losses": losses, "random": torch.get_rng_state(), **states, **weights, **use}
 
 
