@@ -25,9 +25,11 @@ from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.probe import probe
-from lingua.product_key import fetched_lookup
+from lingua.product_key import fetched_lookup, large_search
+from lingua.product_key import search as search_module
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 from lingua.product_key.search import search
+from lingua.product_key.slot_use import SlotUse
 from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
 from lingua.profiling import Profiler, ProfilingArgs, Workload
 from lingua.tokenizer import build_tokenizer
@@ -658,3 +660,128 @@ def test_footprint_is_what_arithmetic_says(peer, recomputed):
     for line in lines:
         # What is held at once is estimated from above; the less, the more of a small model is computed again.
         assert (0.35 if line["on a rank"] == "at once in a step" else 0.9) <= line["ratio"] <= 1.1, line
+
+
+# --- the search where it is large ------------------------------------------------------------------------------------
+
+# Keys of each half, knn.
+LARGE_SEARCHES = {
+    "bfloat16": [(4096, 200), (5001, 7), (8192, 32), (16384, 64), (46340, 8), (8192, 256), (256, 256)],
+    "float32": [(5000, 32), (4097, 128)],
+    "float16": [(5001, 7)],
+}
+
+
+@torch.no_grad()
+def exact_search(query, keys, knn):
+    """The scores of the halves, (N, H, n) each, as the kernels get them; the best of all pairs of the halves' best."""
+    halves = [scores.transpose(0, 1).float() for scores in large_search.half_scores(query, keys)]
+    best = [scores.topk(knn).values for scores in halves]
+    return halves, (best[0][..., :, None] + best[1][..., None, :]).flatten(-2).topk(knn).values
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_keys", "knn"), [(name, *size) for name in LARGE_SEARCHES for size in LARGE_SEARCHES[name]]
+)
+def test_large_search_is_exact(dtype, n_keys, knn, monkeypatch):
+    """Scores, slots and gradients; all at once and in parts; twice the same bits."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    query = torch.randn(50, 3, 2, 32, device="cuda").to(dtype).requires_grad_()
+    keys = torch.randn(3, 2, n_keys, 32, device="cuda").to(dtype).requires_grad_()
+    grad = torch.randn(50, 3, knn, device="cuda")
+    halves, expected = exact_search(query, keys, knn)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for workspace in (2**29, 20 * n_keys * 6 * 4):
+        monkeypatch.setattr(large_search, "WORKSPACE_BYTES", workspace)
+        results = []
+        for _ in range(2):
+            query.grad = keys.grad = None
+            scores, slots = search(query, keys, knn)
+            scores.backward(grad)
+            results.append((scores, slots, query.grad, keys.grad))
+        assert all(map(torch.equal, *results))
+        columns = slots // n_keys, slots % n_keys
+        if workspace == 2**29:  # else products may be rounded in another order
+            assert torch.equal(scores, expected)
+            assert torch.equal(scores, halves[0].gather(-1, columns[0]) + halves[1].gather(-1, columns[1]))
+        assert relative_error(scores, expected) < tolerance
+        assert all(len(set(row)) == knn for row in slots.flatten(0, 1).tolist())
+        exact = [tensor.detach().double().requires_grad_() for tensor in (query, keys)]
+        of_halves = [torch.einsum("nhd,hkd->nhk", exact[0][:, :, i], exact[1][:, i]) for i in (0, 1)]
+        sum(x.gather(-1, column) for x, column in zip(of_halves, columns, strict=True)).backward(grad.double())
+        for leaf, wanted in zip((query, keys), exact, strict=True):
+            assert relative_error(leaf.grad, wanted.grad) < tolerance
+
+
+def test_large_search_with_equal_scores_and_what_is_no_number():
+    n_keys = 5000
+    query = torch.randint(3, (20, 2, 2, 8), device="cuda").bfloat16()
+    keys = torch.randint(3, (2, 2, n_keys, 8), device="cuda").bfloat16()
+    scores, slots = search(query, keys, 20)
+    assert torch.equal(scores, exact_search(query, keys, 20)[1])
+    assert all(len(set(row)) == 20 for row in slots.flatten(0, 1).tolist())
+    keys[0, 1, n_keys - 3] = float("nan")
+    query[:, 0] += 1
+    scores, slots = search(query, keys, 20)
+    assert scores[:, 0].isnan().all()
+    assert (slots[:, 0] % n_keys == n_keys - 3).all()
+    assert slots.min() >= 0
+    assert slots.max() < n_keys**2
+    assert all(len(set(row)) == 20 for row in slots.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("n_keys", "knn", "dtype"), [(50000, 4, "bfloat16"), (600, 300, "bfloat16"), (90, 9, "float64")]
+)
+def test_large_search_without_kernels_says_so(n_keys, knn, dtype, caplog, monkeypatch):
+    """Once, and finds the same; in parts."""
+    query = torch.randn(300, 2, 2, 16, device="cuda").to(getattr(torch, dtype))
+    keys = torch.randn(2, 2, n_keys, 16, device="cuda").to(query.dtype)
+    search_module._warn_once.cache_clear()
+    for size in (2**28, 7 * n_keys * 4 * query.element_size()):
+        monkeypatch.setattr(search_module, "FALLBACK_BYTES", size)
+        scores, slots = search(query, keys, knn)
+        assert relative_error(scores, exact_search(query, keys, knn)[1]) < 1e-2
+        assert all(len(set(row)) == knn for row in slots.flatten(0, 1).tolist())
+    assert len([record for record in caplog.records if "PyTorch's operators" in record.getMessage()]) == 1
+
+
+def test_large_search_stays_within_its_workspace():
+    query = torch.randn(16384, 2, 2, 64, device="cuda").bfloat16().requires_grad_()
+    keys = torch.randn(2, 2, 8192, 64, device="cuda").bfloat16().requires_grad_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    search(query, keys, 32)[0].sum().backward()
+    n_slots = 16384 * 2 * 32
+    assert torch.cuda.max_memory_allocated() - before < large_search.WORKSPACE_BYTES + n_slots * 100
+
+
+def test_slots_out_of_range_are_refused_in_debug_mode():
+    """On a GPU that is looked at only there."""
+    weight, weights = torch.ones(5, 4, device="cuda"), torch.ones(1, 2, device="cuda")
+    for indices in ([[0, 5]], [[-1, 0]]):
+        with torch.autograd.set_detect_anomaly(True), pytest.raises(IndexError, match="the table has slots 0 to 4"):
+            xformers_embedding_bag(torch.tensor(indices, device="cuda"), weight, weights)
+
+
+def test_recording_reads_waits_for_no_gpu_and_takes_little():
+    """Of 4.2 million places, 2^26 slots: what is found is what a CPU finds."""
+    slots = torch.randint(2**26, (32768, 4, 32), device="cuda")
+    weights = torch.rand(32768, 4, 32, device="cuda").softmax(-1)
+    use = SlotUse(torch.zeros(2**26 + 1, dtype=torch.uint8, device="cuda"))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        use.note(slots, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 2**27
+    on_cpu = SlotUse(torch.zeros(2**26 + 1, dtype=torch.uint8))
+    on_cpu.note(slots.cpu(), weights.cpu())
+    assert torch.equal(use.flags_S.cpu(), on_cpu.flags_S)
+    assert torch.allclose(use.weights_M[use.n_exact :].cpu(), on_cpu.weights_M[use.drawn_U.cpu()])

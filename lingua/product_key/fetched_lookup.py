@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lingua.product_key.xformer_embeddingbag import bag_products, bag_sums, check_bags
+from lingua.product_key.xformer_embeddingbag import bag_products, bag_sums, check_bags, check_slots
 
 # Bytes of each of two pinned buffers through which rows go from and to a GPU: one is filled while the other is sent.
 STAGED = 2**25
@@ -56,6 +56,7 @@ def fetched_slot_products(
 @torch.library.custom_op("lingua::fetch_rows", mutates_args=())
 def fetch_rows(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(where in the small table the row of each place is, (N, K); the first row of the small table)."""
+    check_slots(indices, len(weight), on_gpu=True)  # which is waited for anyway
     slots, positions = torch.unique(indices.to(_index_type(weight)), return_inverse=True)
     return positions.to(slots.dtype), _fetch(weight, slots, indices.device)[:1]
 

@@ -9,6 +9,8 @@ Both are made of three operations, each the gradient of another:
 
 They are operators of PyTorch's (namespace `lingua`), which torch.compile takes as they are. On a GPU they are Triton
 kernels (lookup_kernels.py); elsewhere, and in fp64, PyTorch's own operators. Everything is summed in fp32 or more.
+A slot that the table does not have is refused on a CPU. On a GPU it is looked for in debug mode alone
+(`distributed.detect_anomaly`, that is torch.autograd.set_detect_anomaly): the check waits for the GPU.
 With a `ticket` (row_gradients.py) nothing of the table's size is made: backward only notes what `row_sums` needs.
 Suffixes: N tokens, K slots a token, S slots in all, D dim.
 """
@@ -54,7 +56,8 @@ def xformers_embedding_bag(
         mode: "sum", the only one that product-key memories use.
         ticket: of the `RowGradients` that notes the table's gradient; the table then gets none of autograd's.
 
-    Returns (N, D) of the table's type. Raises ValueError for another mode or for shapes that do not match.
+    Returns (N, D) of the table's type. Raises ValueError for another mode or for shapes that do not match, and
+    IndexError for a slot that is not in [0, S) (on a GPU in debug mode alone: `check_slots`).
     """
     if mode != "sum":
         raise ValueError(f"mode: '{mode}' is not supported, only 'sum'")
@@ -72,6 +75,15 @@ def check_bags(indices: torch.Tensor, per_sample_weights: torch.Tensor) -> None:
         )
 
 
+def check_slots(indices: torch.Tensor, n_slots: int, on_gpu: bool = False) -> None:
+    """Raises IndexError for slots that are not in [0, n_slots): on a CPU, and on a GPU in debug mode or `on_gpu`."""
+    if indices.numel() == 0 or (indices.is_cuda and not (on_gpu or torch.is_anomaly_enabled())):
+        return
+    least, most = (int(slot) for slot in indices.aminmax())
+    if least < 0 or most >= n_slots:
+        raise IndexError(f"indices: slots {least} to {most} are read, but the table has slots 0 to {n_slots - 1}")
+
+
 def slot_products(
     indices: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, ticket: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -83,7 +95,8 @@ def slot_products(
         x: (N, D) tokens.
         ticket: as in `xformers_embedding_bag`.
 
-    Never holds the (N, bag, D) rows all at once, forward or backward.
+    Never holds the (N, bag, D) rows all at once, forward or backward. Raises IndexError for a slot that is not in
+    [0, S) (on a GPU in debug mode alone: `check_slots`).
     """
     return bag_products(indices, weight if ticket is None else weight.detach(), x, ticket)
 
@@ -115,6 +128,7 @@ def bag_sums(
     ticket: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sum_k factors[n, k] * weight[indices[n, k]]`, (N, D) of type `dtype`."""
+    check_slots(indices, len(weight))
     if _runs_on_triton(weight):
         from lingua.product_key import lookup_kernels
 
@@ -129,6 +143,7 @@ def bag_products(
     indices: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor, ticket: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`<weight[indices[n, k]], vectors[n]>`, (N, K) in fp32 or more."""
+    check_slots(indices, len(weight))
     if _runs_on_triton(weight):
         from lingua.product_key import lookup_kernels
 
@@ -144,6 +159,7 @@ def table_gradient(
     indices: torch.Tensor, factors: torch.Tensor, vectors: torch.Tensor, n_slots: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Row s sums `factors[n, k] * vectors[n]` over all n, k with indices[n, k] = s: (S, D) of type `dtype`."""
+    check_slots(indices, n_slots)
     if _runs_on_triton(vectors):
         from lingua.product_key import lookup_kernels
 

@@ -1,5 +1,7 @@
 """The weighted lookup against plain indexing in float64."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 
 from lingua.product_key import xformer_embeddingbag
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
-from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
+from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
+from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 from tests.helpers.lookups import DTYPES, TOLERANCE, check_sums, draw
 
 
@@ -118,13 +121,6 @@ def test_shapes_that_do_not_match_are_refused(indices_shape, scores_shape):
         xformers_embedding_bag(torch.zeros(indices_shape, dtype=torch.long), torch.ones(4, 5), torch.ones(scores_shape))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("slot", [-1, 4])
-def test_slots_out_of_range_are_refused(slot, dtype):
-    with pytest.raises((IndexError, RuntimeError)):
-        xformers_embedding_bag(torch.full((2, 3), slot), torch.ones(4, 5, dtype=dtype), torch.ones(2, 3))
-
-
 def test_the_module_is_a_table_and_its_lookup():
     torch.manual_seed(0)
     table = xFormerEmbeddingBag(400, 25)
@@ -191,3 +187,38 @@ def test_memory_is_used_again_when_nobody_holds_it(monkeypatch, dtype):
     before = view.clone()
     backward(3)
     assert torch.equal(view, before)
+
+
+@pytest.mark.parametrize("where", ["table", "one column", "in the CPU's memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slot", [5, -1, 2**40])
+def test_slots_out_of_range_are_refused(slot, dtype, where):
+    """By every operator that reads, before anything beyond the table is read."""
+    indices, weight, weights, x = draw(3, 2, 5, 4, dtype)
+    indices[1, 1] = slot
+    if where == "one column":
+        weight, x = weight[:, :1], x[:, :1]
+    sums, products = xformers_embedding_bag, slot_products
+    if where == "in the CPU's memory":
+        sums, products = (functools.partial(f, ticket=None) for f in (fetched_embedding_bag, fetched_slot_products))
+    message = "^indices: slots -?[0-9]+ to [0-9]+ are read, but the table has slots 0 to 4$"
+    for lookup in (lambda: sums(indices, weight, weights), lambda: products(indices, weight, x)):
+        with pytest.raises(IndexError, match=message):
+            lookup()
+    with pytest.raises(IndexError, match=message):
+        xformer_embeddingbag.table_gradient(indices, weights, x, 5, dtype)
+
+
+def test_only_in_debug_mode_a_gpu_is_asked_for_its_slots():
+    class OnGpu:
+        is_cuda = True
+
+        def numel(self):
+            return 1
+
+        def aminmax(self):
+            return torch.tensor([0]), torch.tensor([5])
+
+    xformer_embeddingbag.check_slots(OnGpu(), 5)
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(IndexError, match="slots 0 to 5 are read"):
+        xformer_embeddingbag.check_slots(OnGpu(), 5)
