@@ -52,10 +52,9 @@ class Exchange:
 class Footprint:
     """Bytes that a rank holds, by kind, and what it sends. FLOPs are the model's (speed/FLOPS), per token.
 
-    `peak`: the most that a step takes beside parameters and moments. Gradients come as activations go, so it is less
-    than the sum of all kinds. Resuming takes less: parameters, moments, and nothing else that grows with the model.
     `diagnostics`: of the memories' use (logging.memory_use). `peak`: the most that a step takes beside parameters,
-    moments and diagnostics. Gradients come as activations go, so it is less than the sum of all kinds.
+    moments and diagnostics. Gradients come as activations go, so it is less than the sum of all kinds. Resuming takes
+    less: parameters, moments, diagnostics, and nothing else that grows with the model.
     """
 
     dense: int
