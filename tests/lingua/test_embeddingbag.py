@@ -12,41 +12,6 @@ from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 from tests.helpers.lookups import DTYPES, TOLERANCE, check_sums, draw
-from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
-from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Twice what one rounding of a result costs at most; sums are to be as good as that.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-12}
-
-
-def check(indices, weight, scores, grad, tolerance=None):
-    """Result and both gradients. Scores are rounded to the table's type, which the reference does too."""
-    weight, scores = weight.clone().requires_grad_(), scores.clone().requires_grad_()
-    y = xformers_embedding_bag(indices, weight, scores)
-    assert y.dtype == weight.dtype
-    assert y.shape == (len(indices), weight.shape[1])
-    y.backward(grad.to(y.dtype))
-    assert (weight.grad.dtype, scores.grad.dtype) == (weight.dtype, scores.dtype)
-    assert (weight.grad.shape, scores.grad.shape) == (weight.shape, scores.shape)
-
-    exact_weight = weight.detach().double().requires_grad_()
-    exact_scores = scores.detach().to(weight.dtype).double().requires_grad_()
-    expected = (exact_weight[indices.long()] * exact_scores[..., None]).sum(1)
-    expected.backward(grad.to(y.dtype).double())
-    tolerance = tolerance or max(TOLERANCE[weight.dtype], TOLERANCE[scores.dtype])
-    for actual, exact in ((y, expected), (weight.grad, exact_weight.grad), (scores.grad, exact_scores.grad)):
-        assert (actual.double() - exact).norm() <= tolerance * exact.norm() + 1e-6
-
-
-def draw(n, bag, size, dim, dtype, index_dtype=torch.int64, score_dtype=torch.float32, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return (
-        torch.randint(size, (n, bag), generator=rng).to(index_dtype),
-        torch.randn(size, dim, generator=rng).to(dtype),
-        torch.rand(n, bag, generator=rng).to(score_dtype),
-        torch.randn(n, dim, generator=rng),
-    )
 
 
 @given(
