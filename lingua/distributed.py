@@ -366,14 +366,15 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around what all ranks do: a UserError or OSError of one of them ends it on all, and nobody is left waiting.
+    """Around what all ranks do: a ValueError or OSError of one of them ends it on all, and no rank is left waiting.
 
-    The first rank that has an error raises it; the others leave by SystemExit, silently.
+    The first rank that has an error raises it; the others leave by SystemExit, silently. A ValueError that is no
+    UserError is a bug, but callers catch it, too (a failed evaluation does not end a run): all ranks must agree on it.
     """
     error = None
     try:
         yield
-    except (UserError, OSError) as caught:
+    except (ValueError, OSError) as caught:
         error = caught
     if not dist.is_initialized():
         if error is not None:

@@ -904,7 +904,7 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     stack.enter_context(stop_signal.taking_interrupts(ctrl_c if run.world.rank == 0 else None))
     try:
         train_steps(run, batches, stop_signal)
-    except (UserError, OSError, SystemExit):
+    except (ValueError, OSError, SystemExit):
         # All ranks leave here together: what is being written in the background is brought to its end first.
         run.finish_saving()
         raise

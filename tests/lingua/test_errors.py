@@ -1,9 +1,11 @@
 """What a command prints for an error of the user, and for a bug."""
 
 import pytest
+import torch.distributed as dist
 
 from lingua.distributed import run_main, together
 from lingua.errors import UserError
+from tests.helpers.ranks import run_ranks
 
 
 def of_the_user():
@@ -47,9 +49,26 @@ def test_a_bug_shows_its_traceback(capfd):
     assert "error: " not in error.replace("ValueError: ", "")
 
 
-def test_ranks_agree_on_errors_of_the_user_alone():
-    """One rank here: what is raised comes through as it is, its traceback with it."""
+def test_one_rank_raises_what_it_has():
+    """With its traceback."""
     for main, kind in ((of_the_user, UserError), (of_a_disk, OSError), (a_bug, ValueError)):
         with pytest.raises(kind) as caught, together():
             main()
         assert caught.traceback[-1].name == main.__name__
+
+
+def outcome_of(kind: str) -> str:
+    """Of this rank, where the second one fails."""
+    try:
+        with together():
+            if dist.get_rank() == 1:
+                {"user": of_the_user, "disk": of_a_disk, "bug": a_bug}[kind]()
+    except (Exception, SystemExit) as error:
+        return type(error).__name__
+    return "went on"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("user", "UserError"), ("disk", "OSError"), ("bug", "ValueError")])
+def test_ranks_agree_on_an_error_of_one_of_them(kind, name):
+    """On a bug's ValueError, too: callers catch it, and a rank that alone went on would wait in vain for the others."""
+    assert run_ranks(2, outcome_of, kind) == ["SystemExit", name]
