@@ -82,6 +82,9 @@ def main() -> None:
     for name in ("ranks", "more"):
         if min(getattr(args, name), default=0) < 2:
             raise UserError(f"{name}: {getattr(args, name)} must be numbers of 2 or more")
+    for name in ("calls", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     processes = multiprocessing.get_context("spawn")
     rows = []
     for n_ranks in args.ranks:
