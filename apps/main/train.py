@@ -378,13 +378,15 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
         if run.world.rank == 0:
             logger.warning("step %s is not evaluated: it has no checkpoint", step)
         return
-    wanted = evaluation_args(args, step)
     try:
+        with together():
+            # Its folder as the first rank sees the disk: others may see it later.
+            wanted = evaluation_args(args, step) if run.world.rank == 0 else None
+            if wanted is not None and args.async_eval_gpus is not None:
+                submit_evaluation(wanted, args.async_eval_gpus)
         if args.async_eval_gpus is not None:
-            with together():
-                if run.world.rank == 0:
-                    submit_evaluation(wanted, args.async_eval_gpus)
             return
+        wanted = from_first_rank(wanted)
         logger.info("evaluating step %s", step)
         found = evaluate_checkpoint(wanted, should_stop=lambda: stop_signal.name is not None)
         if run.metrics is not None:
@@ -408,9 +410,13 @@ def lacks_evaluation(run: Run) -> bool:
     """
     if run.args.eval is None:
         return False
-    wanted = evaluation_args(run.args, run.step)
-    submitted = run.args.async_eval_gpus is not None and Path(wanted.dump_dir, SCRIPT_FILE).exists()
-    return from_first_rank(Path(wanted.ckpt_dir).is_dir() and not is_done(wanted) and not submitted)
+    lacks = False
+    with together():
+        if run.world.rank == 0:
+            wanted = evaluation_args(run.args, run.step)
+            submitted = run.args.async_eval_gpus is not None and Path(wanted.dump_dir, SCRIPT_FILE).exists()
+            lacks = Path(wanted.ckpt_dir).is_dir() and not is_done(wanted) and not submitted
+    return from_first_rank(lacks)
 
 
 def find_awaited(args: TrainArgs, steps: list[int]) -> set[int]:
