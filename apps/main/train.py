@@ -791,7 +791,6 @@ def open_logs(run: Run) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim(folder))  # of two runs that have found no folder, one makes it
         stack.callback(remove_log_file, add_log_file(folder / "train.log"))
-        run.checkpoints.set_aside()
         write_whole(folder / "config.yaml", to_yaml(args))
         for name in ("metrics.jsonl", "metrics.eval.jsonl", "metrics.validation.jsonl"):
             # Where a damaged checkpoint was passed over, what came before it may be wanted when that is restored.
@@ -904,6 +903,9 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     with together():
         keep = bool(run.checkpoints.passed_over)
         drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size, keep)
+    with together():
+        # Last: where the run is killed before, the next start finds them damaged again, and keeps those metrics too.
+        run.checkpoints.set_aside()
     stack.enter_context(run.profiler)
     logger.info("starting at step %s of %s%s", run.step, args.steps, f", from {resume_from}" if resume_from else "")
     ctrl_c = "Ctrl-C: ending after this step, with a checkpoint where that takes seconds; again to end at once"
