@@ -35,7 +35,7 @@ from apps.capacity.measure import MeasureArgs
 from apps.capacity.people import People, write_exposures
 from apps.main.train import TrainArgs, validate_train_args
 from apps.main.transformer import LMTransformer, count_flops_per_token
-from lingua.args import check_writable, from_dict, parse_args, to_dict, write_whole
+from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, write_whole
 from lingua.distributed import World, run_main
 from lingua.errors import UserError
 from lingua.logger import init_logger
@@ -118,6 +118,11 @@ def validate_ladder_args(args: LadderArgs) -> None:
             raise UserError(f"{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.minutes is not None and not args.minutes > 0:
         raise UserError(f"minutes: {args.minutes} must be above 0, or null")
+    for key, train in [("train", args.train), *((f"models.{model.name}.train", model.train) for model in args.models)]:
+        if not isinstance(train, dict):
+            raise UserError(f"{key}: '{train}' where keys of the training config are wanted")
+        if not isinstance(train.get("data", {}), dict):
+            raise UserError(f"{key}.data: '{train['data']}' where a section of keys and values is wanted")
     if not args.models:
         raise UserError("models: empty; name at least one, such as {name: dense}")
     for number, model in enumerate(args.models):
@@ -166,20 +171,27 @@ def prepare(args: LadderArgs) -> list[Run]:
 
 
 def train_tokenizer(file: Path, vocab_size: int) -> None:
-    """A sentencepiece model of biographies of other people, so that names and values are few tokens each."""
+    """A sentencepiece model of biographies of other people, so that names and values are few tokens each.
+
+    Raises UserError for a `vocab_size` that they do not give.
+    """
     import sentencepiece
 
     biographies = itertools.islice(People(TOKENIZER_BIOGRAPHIES, 2**31).exposures(0), TOKENIZER_BIOGRAPHIES)
     unfinished = file.with_suffix(".tmp")
-    with unfinished.open("wb") as out:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(biography.text for biography in biographies),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=1.0,
-            minloglevel=2,
-        )
+    try:
+        with unfinished.open("wb") as out:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(biography.text for biography in biographies),
+                model_writer=out,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                character_coverage=1.0,
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        unfinished.unlink()
+        raise UserError(f"vocab_size: {vocab_size} cannot be had of these biographies ({first_line(error)})") from None
     unfinished.rename(file)
 
 
@@ -303,6 +315,7 @@ class Worker:
     def __init__(self, run: Run, lock: Any, gpu: str | None, args: LadderArgs):
         self.run, self.lock, self.gpu, self.args = run, lock, gpu, args
         self.stage = "training"
+        self.is_stopped = False
         self.process = self._start("apps.main.train", f"config={run.folder / 'ladder.yaml'}")
 
     def _start(self, module: str, *argv: str) -> subprocess.Popen:
@@ -320,14 +333,20 @@ class Worker:
         )
 
     def is_done(self) -> bool:
-        """Whether it has ended; goes from training to measuring. Raises RuntimeError with the error of either."""
+        """Whether it has ended; goes from training to measuring. Raises UserError where either has failed."""
         code = self.process.poll()
         if code is None:
             return False
         self.errors.close()
+        if self.is_stopped and code in (0, -signal.SIGTERM):
+            self.lock.close()
+            return True
         if code != 0:
             error = (self.run.folder / f"{self.stage}.err").read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{self.run.name}: {self.stage} ended with code {code}: {error[-1] if error else ''}")
+            last = error[-1] if error else "without a message"
+            raise UserError(
+                f"{self.run.name}: {self.stage} ended with code {code}: {last}; all of it: {self.errors.name}"
+            )
         checkpoint = self.run.folder / "checkpoints" / f"{self.run.steps:010d}"
         if self.stage == "training" and checkpoint.exists():
             self.stage = "measuring"
@@ -343,6 +362,7 @@ class Worker:
 
     def stop(self) -> None:
         """Training saves a checkpoint and ends; measuring begins again next time."""
+        self.is_stopped = True
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
 
@@ -357,7 +377,7 @@ class Worker:
 def train_all(args: LadderArgs, runs: list[Run]) -> bool:
     """Trains and measures what is not done and not in another process's hands; whether all is done then.
 
-    Raises RuntimeError after all others have ended, if a run failed.
+    Raises UserError after all others have ended, if a run failed.
     """
     gpus: list[str | None] = [None]
     if torch.cuda.is_available():
@@ -376,7 +396,7 @@ def train_all(args: LadderArgs, runs: list[Run]) -> bool:
             for worker in list(workers):
                 try:
                     is_done = worker.is_done()
-                except RuntimeError as error:
+                except UserError as error:
                     failures.append(error)
                     logger.error("%s", error)
                     is_done = True

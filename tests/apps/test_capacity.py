@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from apps.capacity.measure import measure
 from apps.capacity.people import ATTRIBUTES, N_NAMES, People, write_exposures
 from apps.capacity.templates import TEMPLATES
 from lingua.args import from_dict
+from lingua.errors import UserError
 from lingua.tokenizer import build_tokenizer
 
 CONFIGS = Path(ladder.__file__).parent / "configs"
@@ -233,12 +235,43 @@ def test_rows_that_are_too_short_are_refused_before_training(tmp_path, tokenizer
         ({"models": [{"name": "a"}, {"name": "a"}]}, "models: two have the same name"),
         ({"models": [{"name": "a", "flops": 0}]}, "models.0: flops"),
         ({"people_seed": -1}, "people_seed"),
+        ({"train": "fast"}, "train: 'fast' where keys of the training config are wanted"),
+        ({"train": {"data": 5}}, "train.data: '5' where a section"),
     ],
 )
 def test_bad_ladders_are_refused(tmp_path, changes, line):
     values = {"dump_dir": str(tmp_path), "models": [{"name": "dense"}], **changes}
     with pytest.raises(ValueError, match=line):
         ladder.validate_ladder_args(from_dict(ladder.LadderArgs, values, "test"))
+
+
+def train_with(command, tmp_path, monkeypatch, **values):
+    """`train_all` of one run, for which `command` stands in."""
+
+    def start(worker, module, *argv):
+        worker.errors = (tmp_path / "training.err").open("wb")
+        return subprocess.Popen(command, stderr=worker.errors)
+
+    monkeypatch.setattr(ladder.Worker, "_start", start)
+    args = from_dict(ladder.LadderArgs, {"dump_dir": str(tmp_path), **values}, "test")
+    return ladder.train_all(args, [ladder.Run("a.seed0", "a", tmp_path, {}, 10)])
+
+
+def test_a_run_that_is_stopped_in_time_has_not_failed(tmp_path, monkeypatch):
+    """Measuring does not answer TERM: it ends by that, and begins again next time."""
+    assert not train_with(["sleep", "60"], tmp_path, monkeypatch, minutes=1e-3)
+
+
+def test_a_run_that_fails_ends_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^a\.seed0: training ended with code 3: no room; see .*training\.err$"):
+        train_with(["bash", "-c", "echo no room >&2; exit 3"], tmp_path, monkeypatch)
+
+
+def test_a_vocabulary_that_the_text_does_not_give_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "TOKENIZER_BIOGRAPHIES", 20)
+    with pytest.raises(UserError, match="^vocab_size: 10 cannot be had"):
+        ladder.train_tokenizer(tmp_path / "tokenizer.model", 10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_ladder_from_end_to_end(tmp_path, tokenizer_file, monkeypatch, caplog):
