@@ -252,6 +252,10 @@ def process_group(world: World, timeout: int = 600) -> Iterator[None]:
             # None: torch makes one out of MASTER_ADDR and MASTER_PORT.
             store = _store_of_this_start(world, timeout) if os.environ.get(AGENTS_STORE) == "True" else None
             dist.init_process_group(backend, timeout=limit, store=store, rank=world.rank, world_size=world.size)
+        except ValueError as error:
+            raise UserError(
+                f"MASTER_ADDR, MASTER_PORT: ranks cannot meet ({first_line(error)}); start with torchrun, or set both"
+            ) from None
         except RuntimeError as error:
             if "EADDRINUSE" in str(error):
                 port = os.environ["MASTER_PORT"]

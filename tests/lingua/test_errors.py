@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from lingua.distributed import run_main, together
+from lingua.distributed import World, process_group, run_main, together
 from lingua.errors import UserError
 from tests.helpers.ranks import run_ranks
 
@@ -72,3 +72,15 @@ def outcome_of(kind: str) -> str:
 def test_ranks_agree_on_an_error_of_one_of_them(kind, name):
     """On a bug's ValueError, too: callers catch it, and a rank that alone went on would wait in vain for the others."""
     assert run_ranks(2, outcome_of, kind) == ["SystemExit", name]
+
+
+@pytest.mark.parametrize("port", [None, "abc"])
+def test_ranks_that_know_no_place_to_meet(port, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    if port is not None:
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match="^MASTER_ADDR, MASTER_PORT: ranks cannot meet"), process_group(World(1, 1, 2)):
+        pass
