@@ -761,6 +761,20 @@ def answer_one(generator: PackedCausalTransformerGenerator, prompt: str, save: C
     return answer
 
 
+def read_terminal() -> Iterator[str]:
+    """The lines of stdin. Raises UserError where one is not UTF-8."""
+    try:
+        for line in sys.stdin:
+            yield _as_utf8(line.rstrip("\n"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts on stdin: not UTF-8 text ({error})") from None
+
+
+def _as_utf8(prompt: str) -> str:
+    """As the tokenizer reads it. Half of a surrogate pair could be neither printed nor written."""
+    return prompt.encode(errors="replace").decode()
+
+
 def main() -> None:
     # A prompt is text as it is, and no YAML, in which "Question: what" would be a mapping.
     verbatim = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompt=")]
@@ -771,6 +785,8 @@ def main() -> None:
     init_logger(stream=sys.stderr)
     validate_generate_args(args)
     prompts = read_prompts(Path(args.prompt_file)) if args.prompt_file is not None else args.prompts
+    prompts = [_as_utf8(prompt) for prompt in prompts]
+    args.prompt = None if args.prompt is None else _as_utf8(args.prompt)
     model, tokenizer, config = load_consolidated_model_and_tokenizer(
         args.ckpt, pick_device(args.device), args.dtype, args.values_device
     )
@@ -785,7 +801,7 @@ def main() -> None:
         else:
             if sys.stdin.isatty():
                 print("prompts, a line each; end with Ctrl-D")  # noqa: T201
-            answers = [answer_one(generator, line.rstrip("\n"), save) for line in sys.stdin]
+            answers = [answer_one(generator, line, save) for line in read_terminal()]
         if args.out is not None:
             write_answers(args.out, answers)
 

@@ -21,6 +21,7 @@ from apps.main.generate import (
 )
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.checkpoint import consolidate_checkpoints
+from lingua.errors import UserError
 from lingua.product_key.memory import ProductKeyArgs
 from lingua.tokenizer import build_tokenizer
 from tests.helpers.evaluation import small_model, write_run
@@ -387,7 +388,7 @@ def command(checkpoint, monkeypatch, capsys):
     def call(*arguments, stdin=""):
         fixed = [f"ckpt={checkpoint}", "dtype=fp32", "device=cpu", "max_gen_len=8"]
         monkeypatch.setattr(sys, "argv", ["generate", *fixed, *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape")), "utf-8"))
         generate.main()
         return capsys.readouterr().out
 
@@ -479,6 +480,14 @@ def test_bad_arguments_end_in_one_line(command, tmp_path, argument, message):
 def test_a_prompt_is_text_as_it_is(command, tmp_path, prompt):
     command(f"prompt={prompt}", f"out={tmp_path}/out")
     assert [line["prompt"] for line in read_lines(tmp_path / "out")] == [prompt]
+
+
+def test_prompts_that_are_no_utf8(command, tmp_path):
+    """Python makes half a surrogate pair of such a byte in an argument; the tokenizer reads that as a question mark."""
+    assert command("prompt=caf\udcff", f"out={tmp_path}/out").startswith("caf?")
+    assert [line["prompt"] for line in read_lines(tmp_path / "out")] == ["caf?"]
+    with pytest.raises(UserError, match="prompts on stdin: not UTF-8 text"):
+        command(stdin="caf\udcff\n")
 
 
 def test_what_is_done_when_it_ends_early_is_not_lost(command, tmp_path, monkeypatch):
