@@ -27,7 +27,8 @@ for argument in "$@"; do
 done
 stage() { printf '\n[%s/%s] %s\n' "$1" "$stages" "$2"; }
 
-newest() { ls -d "$1"/checkpoints/[0-9]* | tail -n 1; } # the newest checkpoint of a run
+# The newest checkpoint of a run. Damaged ones end in ".damaged".
+newest() { find "$1/checkpoints" -maxdepth 1 -name '[0-9]*' ! -name '*.*' | sort | tail -n 1; }
 
 validate() { # a run's newest checkpoint, unless that was done
   local checkpoint results
