@@ -88,7 +88,7 @@ def _environment_resolver(name: str, *default: str | None) -> str | None:
 
 @contextlib.contextmanager
 def refusing_secrets() -> Iterator[None]:
-    """`${oc.env:HF_TOKEN}` is a ValueError within: of what is resolved here, all is saved.
+    """`${oc.env:HF_TOKEN}` is a UserError within: of what is resolved here, all is saved.
 
     OmegaConf has one table of resolvers for the process: afterwards `oc.env` is what it was before.
     """

@@ -87,7 +87,7 @@ class Place(NamedTuple):
 
 
 class Faults:
-    """Ends the run with a ValueError at the first of them, or counts them and tells the first few.
+    """Ends the run with a UserError at the first of them, or counts them and tells the first few.
 
     `is_told`: not where another rank meets the same ones.
     """

@@ -335,7 +335,7 @@ def list_repository(dataset: Dataset, revision: str) -> tuple[str, dict[str, int
 
 @contextlib.contextmanager
 def explained(repo: str, folder: Path) -> Iterator[None]:
-    """Errors of the hub, the network and the disk as ValueErrors that tell what to do. A token is in none of them."""
+    """Errors of the hub, the network and the disk as UserErrors that tell what to do. A token is in none of them."""
     try:
         yield
     except Exception as error:

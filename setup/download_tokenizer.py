@@ -164,7 +164,7 @@ def fetch_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Path:
 
 @contextmanager
 def explained(wanted: HubFile, has_token: bool, endpoint: str) -> Iterator[None]:
-    """Errors of the hub's library as ValueErrors of one line, and those of the disk as they are."""
+    """Errors of the hub's library as UserErrors of one line, and those of the disk as they are."""
     try:
         yield
     except Exception as error:

@@ -599,7 +599,7 @@ class _GraphedStep:
 
 @contextlib.contextmanager
 def explaining_memory(message: str) -> Iterator[None]:
-    """Turns running out of memory, a GPU's or the CPU's, into a ValueError of this message."""
+    """Turns running out of memory, a GPU's or the CPU's, into a UserError of this message."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
