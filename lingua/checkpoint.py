@@ -825,7 +825,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
-    """Reads a large tensor in parts: none is held twice, so who has room for a run has room to resume it."""
+    """Reads a large tensor in parts: none is held twice, so a run that fits the memory can be resumed in it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_metadata(Path(self.path))

@@ -41,7 +41,7 @@ METADATA = ("dataset_infos.json", "dataset_info.json")
 
 BLOCK_BYTES = 1 << 20  # read at a time; what fits the processor's cache is split and checked fastest
 BATCH_ROWS = 64  # of parquet read at a time, at most: all may be long
-SKIPPED_TOLD = 3  # of a part of the data, documents of which it is told why they were left out
+SKIPPED_TOLD = 3  # of a part of the data, documents whose reason for being left out is kept
 # A document in work: its bytes, in a buffer that grows by doubling, and as a string of up to 4 bytes a character.
 DOCUMENT_COPIES = 6
 
@@ -494,7 +494,7 @@ def _skip_long_line(file: InputFile, place: int, reading: Reading) -> None:
 
 
 def _skip_long(length: int, reading: Reading, where: Callable[[], str]) -> None:
-    """A document of so many bytes. Raises UserError where another machine's memory would do: what is left out must not
+    """A document of `length` bytes. Raises UserError where another machine's memory would do: what is left out must not
     depend on that.
     """
     if length > MAX_LINE_BYTES:

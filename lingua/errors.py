@@ -1,4 +1,4 @@
-"""What is the user's to mend, told apart from bugs."""
+"""Errors that the user can fix, as opposed to bugs."""
 
 
 class UserError(ValueError):

@@ -455,7 +455,7 @@ def _reason(error: BaseException) -> str:
 
 
 def of_documents(on_error: str, columns: tuple[str, ...] | None) -> dict[str, Any]:
-    """What a manifest has to tell of the documents of a finished shuffle, to be what these options ask for."""
+    """What the manifest of a finished shuffle says of its documents, if they are what these options ask for."""
     return {"columns": None if columns is None else list(columns)} | ({"skipped": 0} if on_error == "stop" else {})
 
 

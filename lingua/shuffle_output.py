@@ -143,7 +143,7 @@ def check_no_strangers(plan: Plan) -> None:
 
 
 def text_bytes(files: tuple[InputFile, ...], columns: tuple[str, ...] | None = None) -> float:
-    """About so many bytes of JSON lines the files hold, of `columns` where they say so."""
+    """Estimated bytes of JSON lines that the files hold, with `columns` alone where given."""
     expansion = estimate_expansion(list(files), columns)
     return sum(file.size * expansion[file.suffix] for file in files if file.size)
 

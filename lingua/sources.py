@@ -1,6 +1,6 @@
 """Lines of files -> documents: who reads which line, and what becomes of data that is at fault.
 
-A fault (a line that is no document, a tokenizer that fails, a file that is gone or has another size) is told in one
+A fault (a line that is no document, a tokenizer that fails, a file that is gone or has another size) is reported in one
 line with file, line and the byte at which it begins. It ends the run, or, with `data.on_error=skip`, it is left out: a
 document by itself; of a file that cannot be read all that is left of it, in this pass. Each is counted when it is met.
 """
@@ -259,8 +259,8 @@ class SourceReader:
     where a line is no document. What is open stays readable though its name is gone; the next pass cannot open it. A
     file of another time and the same size, which `touch` and rsync leave, is read on after a warning, once a file.
 
-    `show`: is told of each file before it is touched, for whoever watches. `is_told`: whether faults that are skipped
-    are logged.
+    `show`: called with each file before it is touched, so that a file that blocks can be named. `is_told`: whether
+    faults that are skipped are logged.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ N_YEARS, N_MONTHS, N_DAYS = 200, 12, 28
 N_CITIES, N_UNIVERSITIES, N_MAJORS, N_EMPLOYERS = 200, 300, 100, 263
 
 N_NAMES = N_FIRST * N_MIDDLE * N_LAST
-# Number of possible values; the city of work carries no information of its own.
+# Number of possible values; the city of work adds no information.
 ATTRIBUTES = {
     "birth_date": N_YEARS * N_MONTHS * N_DAYS,
     "birth_city": N_CITIES,
@@ -196,7 +196,7 @@ class People:
         return Biography("".join(parts), spans)
 
     def exposures(self, number: int) -> Iterator[Biography]:
-        """Exposure `number` of everybody, in an order of its own."""
+        """Exposure `number` of everybody, in its own order."""
         rng = np.random.default_rng((self.seed, 1, number))
         for person in rng.permutation(self.n):
             yield self.biography(int(person), rng)

@@ -310,7 +310,7 @@ def claim(run: Run) -> Any | None:
 
 
 class Worker:
-    """Trains and measures one run in processes of its own, on one GPU or the CPU."""
+    """Trains and measures one run in its own processes, on one GPU or the CPU."""
 
     def __init__(self, run: Run, lock: Any, gpu: str | None, args: LadderArgs):
         self.run, self.lock, self.gpu, self.args = run, lock, gpu, args

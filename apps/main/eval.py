@@ -91,7 +91,7 @@ class EvalArgs:
 
 
 def validate_eval_args(args: EvalArgs, prefix: str = "") -> None:
-    """Raises UserError, one line that names the key, for what can be told without a checkpoint."""
+    """Raises UserError, one line that names the key, for what can be checked without a checkpoint."""
     if args.validation is None and args.harness is None:
         raise UserError(f"{prefix}validation: null, and no harness is set, so there is nothing to evaluate")
     if args.validation is not None:
@@ -203,7 +203,7 @@ def _recorded_settings(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A step tells which checkpoint it is, wherever that was moved to."""
+    """The step identifies the checkpoint, wherever that was moved to."""
     flat = [{**settings, **settings.get("harness", {})} for settings in (then, now)]
     keys = [key for key in dict.fromkeys([*flat[1], *flat[0]]) if key != "harness"]
     if now["global_step"] is not None:

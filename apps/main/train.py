@@ -143,7 +143,7 @@ PATIENCE_WITH_WANDB = 60
 PATIENCE_WITH_LOADER = 0.8
 
 # On Ctrl-C, the last step is saved where that takes no longer: torchrun ends its ranks after 30 s. Before a checkpoint
-# has been made, its time is guessed from its bytes, at so many a second.
+# has been made, its time is estimated from its bytes, at SAVED_A_SECOND.
 INTERRUPT_SECONDS, SAVED_A_SECOND = 20, 2**29
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.

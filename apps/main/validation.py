@@ -61,8 +61,8 @@ def check_stop(should_stop: Callable[[], bool] | None) -> None:
 class ValidationArgs:
     """`max_steps`: batches of the training's size for each source, null for all of it. They are filled with documents
     spread evenly over the source's files, always the same; the document that reaches the number is the last. Sources:
-    folders with *.val.jsonl under `root_dir`. `slot_reads`: of the first so many tokens of each source, which slots
-    they read is written to a file (apps/main/slot_reads.py).
+    folders with *.val.jsonl under `root_dir`. `slot_reads`: number of tokens of each source, the first ones, for
+    which the slots that they read are written to a file (apps/main/slot_reads.py).
     """
 
     max_steps: int | None = None
