@@ -182,7 +182,7 @@ def settings_of(args: EvalArgs) -> dict[str, dict[str, Any]]:
 
 def _recorded_settings(folder: Path, kind: str) -> dict[str, Any] | None:
     """Those that the results of this kind in `folder` were made with: as they say, or, where they were written by older
-    code or there was nothing to write, as config.yaml beside them says. None where neither does.
+    code or there was nothing to write, as config.yaml beside them says. None where neither does, and for damaged ones.
     """
     file = folder / FILES[kind]
     try:
@@ -193,7 +193,9 @@ def _recorded_settings(folder: Path, kind: str) -> dict[str, Any] | None:
         else:
             recorded = json.loads(file.read_text(encoding="utf-8"))[SETTINGS]
         return dict(recorded)
-    except (OSError, ValueError, LookupError, TypeError):
+    except ValueError:
+        return None
+    except (OSError, LookupError, TypeError):
         pass
     try:
         config = read_yaml(str(folder / CONFIG_FILE))

@@ -231,6 +231,16 @@ def test_an_evaluation_that_had_nothing_to_validate_on_is_done(tmp_path):
     assert with_folder_for_settings(args) == args
 
 
+def test_damaged_results_are_not_those_of_the_config_beside_them(tmp_path):
+    args = EvalArgs(ckpt_dir="x", dump_dir=str(tmp_path), global_step=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(args))
+    (tmp_path / "validation.json").write_text("{}")  # of older code
+    assert is_done(args)
+    (tmp_path / "validation.json").write_text('{"words": ')
+    assert not is_done(args)
+    assert "validation.json does not say" in find_conflict(args)
+
+
 def test_names_of_sources_are_not_those_of_other_results(tmp_path):
     for name in ("settings", "memory_slots", "words"):
         (tmp_path / name).mkdir()
