@@ -30,6 +30,7 @@ from apps.main.generate import (
     Progress,
     load_consolidated_model_and_tokenizer,
     pick_device,
+    validate_generator_args,
 )
 from apps.main.transformer import LMTransformer, LMTransformerArgs, count_flops_per_token, count_parameters
 from lingua.args import from_dict, parse_args, write_whole
@@ -117,10 +118,12 @@ def _locate(tokenizer: Tokenizer, biography: Biography) -> tuple[list[int], dict
 
 def measure_checkpoint(args: MeasureArgs) -> dict[str, Any]:
     """`measure` of a checkpoint, with `parameters`, `memory_parameters`, `flops_per_token`, `bits_per_parameter`."""
+    generator_args = GeneratorArgs(dtype=args.dtype, device=args.device)
+    validate_generator_args(generator_args)
     device = pick_device(args.device)
     people = People(args.people, args.people_seed)
     model, tokenizer, config = load_consolidated_model_and_tokenizer(args.ckpt, device, args.dtype)
-    generator = PackedCausalTransformerGenerator(GeneratorArgs(dtype=args.dtype, device=args.device), model, tokenizer)
+    generator = PackedCausalTransformerGenerator(generator_args, model, tokenizer)
     progress = Progress(people.n, "people measured")
     result = measure(generator.score_batch, tokenizer, people, progress.add)
     # Counted as it was trained: for evaluation in half precision a tied output is a copy of the embedding.

@@ -128,8 +128,8 @@ def validate_ladder_args(args: LadderArgs) -> None:
     for number, model in enumerate(args.models):
         if not model.name or "/" in model.name:
             raise UserError(f"models.{number}.name: '{model.name}' cannot name a folder")
-        if not model.flops > 0 or model.seeds < 1:
-            raise UserError(f"models.{number}: flops must be above 0 and seeds 1 or more, for '{model.name}'")
+        if not 0 < model.flops < math.inf or model.seeds < 1:
+            raise UserError(f"models.{number}: flops must be a number above 0 and seeds 1 or more, for '{model.name}'")
     names = [model.name for model in args.models]
     if len(set(names)) < len(names):
         raise UserError("models: two have the same name")

@@ -234,6 +234,7 @@ def test_rows_that_are_too_short_are_refused_before_training(tmp_path, tokenizer
         ({"models": [{"name": "a/b"}]}, "models.0.name: 'a/b'"),
         ({"models": [{"name": "a"}, {"name": "a"}]}, "models: two have the same name"),
         ({"models": [{"name": "a", "flops": 0}]}, "models.0: flops"),
+        ({"models": [{"name": "a", "flops": math.inf}]}, "models.0: flops"),
         ({"people_seed": -1}, "people_seed"),
         ({"train": "fast"}, "train: 'fast' where keys of the training config are wanted"),
         ({"train": {"data": 5}}, "train.data: '5' where a section"),
