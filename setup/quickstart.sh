@@ -25,6 +25,8 @@ for argument in "$@"; do
     config=* | checkpoint.path=*) echo "quickstart: leave $argument out; train with it by hand" >&2; exit 1 ;;
   esac
 done
+dump_dir=${dump_dir%/}
+dump_dir=${dump_dir/#\~\//$HOME/} # as the config has it expanded; some shells leave it
 stage() { printf '\n[%s/%s] %s\n' "$1" "$stages" "$2"; }
 
 # The newest checkpoint of a run. Damaged ones end in ".damaged".
