@@ -59,7 +59,7 @@ class BenchArgs:
     out: str | None = None
 
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 Step = Callable[[], object]
 

@@ -36,7 +36,7 @@ try:
 except ImportError:  # it has no wheels for some systems, such as macOS; those have no CUDA either
     triton = None
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 # Up to so many columns NumPy sorts a row in one network of vector instructions (AVX2 or AVX-512); beyond, a column
 # costs several times more.
