@@ -143,7 +143,8 @@ def encode_document(tokenizer: Tokenizer, text: str, add_bos: bool, add_eos: boo
     except BaseException as error:  # where code in Rust panics it is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        problem = f"{kind}{' '.join(str(error).split())[:200]}"
         raise UserError(f"the tokenizer fails on this document ({problem})") from None
 
 

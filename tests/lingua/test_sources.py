@@ -24,7 +24,17 @@ from lingua.data import (
     redistribute_state,
     shared_sources,
 )
-from lingua.sources import TRAIN_FILES, VALIDATION_FILES, Faults, Place, find_files, parse_document, read_documents
+from lingua.errors import UserError
+from lingua.sources import (
+    TRAIN_FILES,
+    VALIDATION_FILES,
+    Faults,
+    Place,
+    encode_document,
+    find_files,
+    parse_document,
+    read_documents,
+)
 from lingua.tokenizer import ByteTokenizer
 
 BAD = [b"no JSON", b'{"text": "\xff"}', b'{"text": "cut', b'{"title": "x"}', b"[1]"]
@@ -551,3 +561,12 @@ def test_documents_of_a_file_and_their_places(tmp_path, caplog):
     caplog.clear()
     list(read_documents(path, Faults("skip", is_told=False)))
     assert not warnings(caplog)
+
+
+def test_a_setting_that_the_tokenizer_cannot_have_is_named_without_the_errors_class():
+    class WithoutBos:
+        def encode(self, text, add_bos, add_eos):
+            raise UserError("data.add_bos=true, but the model has no BOS token")
+
+    with pytest.raises(UserError, match=r"the tokenizer fails on this document \(data\.add_bos=true, but"):
+        encode_document(WithoutBos(), "x", True, False)
