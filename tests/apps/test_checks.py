@@ -95,11 +95,13 @@ def test_intervals_between_checks():
 def test_an_interrupt_is_remembered_by_the_process_itself(caplog):
     """In a forked one it is what it was before."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    ready, is_ready = os.pipe()
     with StopSignal() as stop_signal:
         with stop_signal.taking_interrupts("Ctrl-C"):
             child = os.fork()
             if child == 0:
                 try:
+                    os.write(is_ready, b"1")
                     while True:
                         time.sleep(0.01)
                 except KeyboardInterrupt:
@@ -107,8 +109,11 @@ def test_an_interrupt_is_remembered_by_the_process_itself(caplog):
             os.kill(os.getpid(), signal.SIGINT)
             wait_until(lambda: stop_signal.is_interrupt and caplog.records)
         os.kill(os.getpid(), signal.SIGTERM)
+    os.read(ready, 1)  # a signal that comes before Python has set itself up in the child is lost
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert stop_signal.name == "SIGINT"
     assert [record.getMessage() for record in caplog.records] == ["Ctrl-C"]
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    os.close(ready)
+    os.close(is_ready)
