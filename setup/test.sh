@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup/create_env.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Three processes on two cores: one of them waits for SLURM, for whose tests it is alone (an xdist group). The next test
-# in the order of tests/conftest.py, the longest first, goes to whichever process is free.
+# Three processes on two cores: one of them waits for SLURM, and runs all tests on it. Which process runs what:
+# tests/conftest.py (`OneQueue`).
 WORKERS=3
-.venv/bin/python -m pytest --numprocesses "$WORKERS" --dist loadgroup --no-loadscope-reorder --junitxml build/tests.xml "$@"
+.venv/bin/python -m pytest --numprocesses "$WORKERS" --dist loadscope --no-loadscope-reorder --junitxml build/tests.xml "$@"

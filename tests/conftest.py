@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,22 @@ LONGEST = (
 )
 
 N_DESELECTED = pytest.StashKey[int]()
+
+
+class OneQueue(LoadScopeScheduling):
+    """Each test goes to the worker that is free first, but for those on SLURM: one worker runs them all.
+
+    There can be one SLURM on a machine. (xdist's own groups, --dist loadgroup, do not work with pytest 9.2.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.endswith("test_slurm.py") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneQueue | None:
+    return OneQueue(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

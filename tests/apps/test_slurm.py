@@ -30,8 +30,6 @@ from tests.helpers.training import (
     write_corpus,
 )
 
-pytestmark = pytest.mark.xdist_group("slurm")  # one cluster at a time on a machine
-
 # SLURM's commands, a process each time, are not to take the cores from the ranks that are waited for.
 wait_until = functools.partial(training.wait_until, pause=0.1)
 
