@@ -4,6 +4,7 @@ lm-eval takes seconds to import: functions do, so that the collection of the tes
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +235,26 @@ def test_ranks_share_the_work(world, tmp_path):
     line = json.loads((tmp_path / "two" / "metrics.eval.jsonl").read_text())
     assert line["global_step"] == 60
     assert line["facts_choice"]["acc,none"] == one["results"]["facts_choice"]["acc,none"]
+
+
+def test_a_batch_is_sampled_alike_on_any_rank(monkeypatch):
+    """Its random numbers depend on the batch, and on no number of ranks."""
+    from apps.main import harness
+
+    args = GeneratorArgs(max_gen_len=4, max_tokens=10, temperature=1.0)
+    generator = SimpleNamespace(
+        args=args, continue_batch=lambda prompts, args, seed, progress: [SimpleNamespace(text=seed) for _ in prompts]
+    )
+    monkeypatch.setattr(harness, "gather_objects", lambda value: value)
+
+    def seeds(rank, size):
+        shared = harness.SharedGenerator(generator)
+        shared.rank, shared.size = rank, size
+        return shared._work(harness._Generating([[1] * length for length in range(1, 7)], args, 1))
+
+    alone = seeds(0, 1)
+    assert len(set(alone.values())) > 2
+    assert seeds(0, 2) | seeds(1, 2) == alone
 
 
 def errors_of_two_ranks(checkpoint, folder, harness_args):

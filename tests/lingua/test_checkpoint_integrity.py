@@ -222,6 +222,17 @@ def test_checkpoints_without_checksums_load(tmp_path):
         assert torch.equal(other.weight, model.weight)
 
 
+def test_a_short_file_is_found_without_checksums(tmp_path):
+    """By what the table of contents says of its size."""
+    model, _ = build()
+    dcp.save({"model": model.state_dict()}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    file = tmp_path / "__0_0.distcp"
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(ValueError, match=f"the file __0_0.distcp has {size - 1} bytes of {size}$"):
+        load_model(tmp_path, model)
+
+
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     """As a broken disk has it."""
     folder = save(tmp_path)

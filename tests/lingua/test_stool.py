@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from apps.main import train
+from apps.main.eval import EvalArgs
 from apps.main.train import TrainArgs
 from lingua import slurm
 from lingua.args import parse_args, to_yaml
@@ -379,6 +380,23 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
         assert f"#SBATCH --{line}" in printed
     assert f"sbatch {tmp_path}/run/submit.slurm" in printed
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_sweep_is_one_array(capsys):
+    launch_job(StoolArgs(config={"dump_dir": "run"}, sweep={"seed": [1, 2, 3]}, dryrun=True))
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if "--array" in line] == ['#SBATCH --array="0-2"']
+    assert "runs=(0_seed=1 1_seed=2 2_seed=3)\n" in printed
+
+
+@pytest.mark.parametrize(("n_gpus", "nodes", "per_node"), [(1, 1, 1), (8, 1, 8), (9, 2, 5), (16, 2, 8), (20, 3, 7)])
+def test_nodes_of_an_evaluation(monkeypatch, n_gpus, nodes, per_node):
+    """No more than 8 GPUs a node, and no more nodes than that takes."""
+    submitted = []
+    monkeypatch.setattr(train, "launch_job", submitted.append)
+    train.submit_evaluation(EvalArgs(), n_gpus)
+    (job,) = submitted
+    assert (job.nodes, job.ngpu) == (nodes, per_node)
 
 
 def test_script_without_sbatch_is_bash(tmp_path, command, capsys):
