@@ -264,7 +264,7 @@ def test_a_run_that_is_stopped_in_time_has_not_failed(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_ends_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"^a\.seed0: training ended with code 3: no room; see .*training\.err$"):
+    with pytest.raises(UserError, match=r"^a\.seed0: training ended with code 3: no room; all of it: .*training\.err$"):
         train_with(["bash", "-c", "echo no room >&2; exit 3"], tmp_path, monkeypatch)
 
 

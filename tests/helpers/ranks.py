@@ -42,7 +42,9 @@ CALLS_OF_A_POOL = 20
 OURS = ("lingua", "apps", "tests", "test_")
 
 
-def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
+def run_ranks(
+    n_ranks: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE, anew: bool = False
+) -> list[Any]:
     """Calls `function(*arguments)`, of a module's top level, on `n_ranks` ranks; returns what each of them returned.
 
     That may be anything that torch.save and torch.load (weights_only) take. What fails on a rank fails here, with the
@@ -50,10 +52,10 @@ def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, patie
 
     Each call finds what it would find in new processes: torch's random numbers begin anew, and modules of this
     repository are as they were, whatever a call has assigned to their names. Groups that a call has made are destroyed,
-    and what torch has cached of them or compiled is dropped.
+    and what torch has cached of them or compiled is dropped. `anew`: in new processes in fact, to measure their RAM.
     """
     pool = _POOLS.pop(n_ranks, None)
-    if pool is not None and pool.patience != patience:
+    if pool is not None and (anew or pool.patience != patience):
         pool.end()
         pool = None
     pool = pool or _Pool(n_ranks, patience)

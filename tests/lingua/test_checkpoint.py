@@ -794,7 +794,7 @@ def peak_of(folder: Path, resumes: bool) -> int:
 def test_resuming_takes_no_more_memory_than_the_run(tmp_path):
     """Neither a gradient of the table's size, nor a second table while it is read."""
     folder = tmp_path / "0000000001"
-    ran, resumed = (run_ranks(1, peak_of, folder, resumes)[0] for resumes in (False, True))
+    ran, resumed = (run_ranks(1, peak_of, folder, resumes, anew=True)[0] for resumes in (False, True))
     assert ran > 3 * TABLE_BYTES
     assert resumed < 1.05 * ran
 
