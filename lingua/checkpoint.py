@@ -693,9 +693,12 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
                 )
         missing = sorted(wanted.keys() - found.keys())
         if missing:
-            raise UserError(
-                f"{folder}: the checkpoint lacks {_some(missing)}; is it of a model with other `model` settings?"
+            other = (
+                "a run with another optim.name"
+                if all(key.startswith("optim.") for key in missing)
+                else ("a model with other `model` settings")
             )
+            raise UserError(f"{folder}: the checkpoint lacks {_some(missing)}; is it of {other}?")
         repeated = _refuse_surplus(folder, found, wanted, model)
     # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model
     # finds out where it is given them beside what has their shape. Each rank compares the part that it holds.

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from lingua.sharding import local_offsets, local_part
 
 # Elements that are drawn at once.
 BLOCK_ELEMENTS = 2**20
@@ -50,7 +51,7 @@ def _fill(
     seed = int(torch.randint(2**62, (), device="cpu"))
     if parameter.is_meta:
         return
-    local, start = _local_part(parameter)
+    local, start = local_part(parameter), local_offsets(parameter)
     if local.numel() == 0:
         return
     shape = parameter.shape
@@ -66,13 +67,3 @@ def _fill(
         draw(block, generator.manual_seed(seed + number))
         kept = slice(max(begin, first), min(end, last))
         local[kept.start - first : kept.stop - first] = block[(slice(kept.start - begin, kept.stop - begin), *columns)]
-
-
-def _local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """What this rank holds of a parameter, and where in the whole its first element lies."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.ndim
-    local = parameter.to_local()
-    # How torch's distributed checkpoints ask a tensor for its place.
-    pieces = parameter.__create_chunk_list__()
-    return local, tuple(pieces[0].offsets) if pieces else (0,) * parameter.ndim

@@ -1,6 +1,8 @@
-"""AdamW in three groups, two gradient clippings, learning-rate schedules.
+"""How parameters move: the registry of optimizers, groups, two gradient clippings, learning-rate schedules.
 
-The value tables' gradients and updates are dense, as published, or of the rows that were read (`lingua.sparse_update`).
+`optim.name` picks the optimizer out of OPTIMIZERS, which says what one has to provide. AdamW is PyTorch's. Another one
+moves the parameters that it asks for; AdamW moves the rest. The value tables' gradients and updates are dense, as
+published, or row-sparse (lingua/sparse_adamw.py), beside any optimizer.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lingua.distributed import local_part
+from lingua import muon
 from lingua.errors import UserError
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
-from lingua.sparse_update import SparseAdamW
+from lingua.sharding import local_part
+from lingua.sparse_adamw import SparseAdamW
 
 VALUE_UPDATES = ("dense", "sparse")
 VALUE_ROUNDINGS = ("nearest", "stochastic")
@@ -28,19 +32,22 @@ VALUE_ROUNDINGS = ("nearest", "stochastic")
 
 @dataclass
 class OptimArgs:
-    """Config section `optim`. `value_update: sparse` touches only the rows of value tables that a step has read, with
-    `value_rounding: stochastic` rounding bf16 tables at random (both: lingua/sparse_update.py).
+    """Config section `optim`. `name`: one of OPTIMIZERS; `momentum`: Muon's. `value_update: sparse` touches only the
+    rows of value tables that a step has read, with `value_rounding: stochastic` rounding bf16 tables at random (both:
+    lingua/sparse_adamw.py).
 
     `value_beta1`, `value_weight_decay`: of the value tables, where they differ from the other parameters'. A row is
     read in few steps. With `beta1` it keeps moving along the gradient of its last read for about 1 / (1 - beta1)
     steps, so 0 often learns more (apps/capacity/LOG.md).
     """
 
+    name: str = "adamw"
     lr: float = 3e-4
     weight_decay: float = 0.1
     epsilon: float = 1e-8
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95
     clip: float = 1.0
     scheduler: str = "cosine"
     warmup: int = 2000
@@ -56,8 +63,49 @@ class OptimArgs:
     value_weight_decay: float | None = None
 
 
+@dataclass(frozen=True)
+class OptimizerRule:
+    """What an optimizer provides beside AdamW: an entry of OPTIMIZERS.
+
+    `new_state(parameter)`: the tensors that it keeps for a parameter, by name, beside a `step` of fp32 that is there.
+    `update(parameters, states, group, skip)`: moves parameters that have gradients, which may be split over ranks
+    (DTensors); all ranks call it together. `group` has the keys of `build_groups`. `skip` is None, or a tensor: where
+    it is 1, neither a parameter nor its state may change by a bit, whatever the gradients are, and without waiting for
+    a GPU. `can_skip`: that `update` does so.
+    `moments`: tensors of a parameter's size and type in its state, for the planner.
+    `takes`: picks its parameters out of a model; AdamW moves all others, and the value tables.
+    """
+
+    new_state: Callable[[nn.Parameter], dict[str, torch.Tensor]]
+    update: Callable[[list[nn.Parameter], list[dict[str, torch.Tensor]], dict[str, Any], torch.Tensor | None], None]
+    moments: int
+    takes: Callable[[nn.Module], list[nn.Parameter]]
+    can_skip: bool = False
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the blocks' linear layers: no embedding, output layer, norm, key or value table."""
+    linears = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys(linear.weight for linear in linears))
+
+
+# `optim.name` -> what moves the parameters that it takes. None: AdamW alone.
+OPTIMIZERS: dict[str, OptimizerRule | None] = {
+    "adamw": None,
+    "muon": OptimizerRule(muon.new_state, muon.update, moments=1, takes=hidden_matrices, can_skip=True),
+}
+
+
 def validate_optim_args(args: OptimArgs) -> None:
     """Raises UserError, one line that names the key."""
+    if args.name not in OPTIMIZERS:
+        raise UserError(f"optim.name: '{args.name}' must be one of {', '.join(OPTIMIZERS)}")
+    rule = OPTIMIZERS[args.name]
+    if rule is not None and not rule.can_skip:
+        raise UserError(
+            f"optim.name: {args.name} cannot skip a step whose gradients are not finite; let its update() heed `skip`, "
+            "and set can_skip=True in lingua.optim.OPTIMIZERS"
+        )
     if args.scheduler not in SCHEDULERS:
         raise UserError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
     if args.value_update not in VALUE_UPDATES:
@@ -70,7 +118,7 @@ def validate_optim_args(args: OptimArgs) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"optim.{name}: {value} must be 0 or more")
-    for name in ("beta1", "beta2", "value_beta1"):
+    for name in ("beta1", "beta2", "momentum", "value_beta1"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             raise UserError(f"optim.{name}: {value} must be at least 0 and below 1")
@@ -191,17 +239,18 @@ def row_gradients(model: nn.Module) -> dict[nn.Parameter, RowGradients]:
     return {weight: rows for weight, rows in by_rows.items() if rows is not None and not rows.whole}
 
 
-def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int = 0) -> tuple[AdamW, LambdaLR]:
-    """AdamW and its schedule. One group for a dense model; with memories, those of `split_parameters` in its order.
+def build_groups(model: nn.Module, args: OptimArgs) -> list[dict[str, Any]]:
+    """The optimizer's groups. One for a dense model; with memories, those of `split_parameters` in its order.
 
     The tables' group has the learning rate `value_fixed_lr` where that is set; the schedule's factor applies to it too.
-    The memories' other parameters train like the dense ones; that they stand apart is the published order of groups.
-    With `value_update: sparse` the tables' gradients are noted by rows from now on; clear them by the optimizer's
-    `zero_grad`. `seed`: of stochastic rounding.
+    The memories' other parameters train like the dense ones; that they are a group is the published order. What
+    another optimizer than AdamW takes is the last group, which names it by the key `optimizer`.
     """
-    validate_optim_args(args)
     kinds = split_parameters(model)
-    groups = [{"params": kinds["dense"], "lr": args.lr}]
+    rule = OPTIMIZERS[args.name]
+    taken = [] if rule is None else rule.takes(model)
+    left = {kind: [p for p in parameters if p not in set(taken)] for kind, parameters in kinds.items()}
+    groups = [{"params": left["dense"], "lr": args.lr}]
     if kinds["values"]:
         fixed = next(m.value_fixed_lr for m in model.modules() if isinstance(m, HashingMemory))
         values = {"params": kinds["values"], "lr": args.lr if fixed is None else fixed}
@@ -209,24 +258,68 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int =
             values["betas"] = (args.value_beta1, args.beta2)
         if args.value_weight_decay is not None:
             values["weight_decay"] = args.value_weight_decay
-        groups.append(values)
-        groups.append({"params": kinds["memory"], "lr": args.lr})
+        groups += [values, {"params": left["memory"], "lr": args.lr}]
+    if taken:
+        groups.append({"params": taken, "lr": args.lr, "optimizer": args.name, "momentum": args.momentum})
+    return groups
+
+
+class MixedOptimizer(SparseAdamW):
+    """AdamW, sparse for tables with row-sparse gradients; groups that name another of OPTIMIZERS move by that."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "optimizer" not in group]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if "optimizer" in group:
+                rule = OPTIMIZERS[group["optimizer"]]
+                parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+                for parameter in parameters:
+                    if not self.state[parameter]:
+                        self.state[parameter] = _new_state(parameter, group)
+                states = [self.state[parameter] for parameter in parameters]
+                rule.update(parameters, states, group, getattr(self, "found_inf", None))
+        return loss
+
+
+def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int = 0) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of `build_groups` and its schedule.
+
+    With `value_update: sparse` the tables' gradients are noted by rows from now on; clear them by the optimizer's
+    `zero_grad`. `seed`: of stochastic rounding. Raises UserError for arguments that cannot work.
+    """
+    validate_optim_args(args)
+    groups = build_groups(model, args)
     options = {
         "betas": (args.beta1, args.beta2),
         "eps": args.epsilon,
         "weight_decay": args.weight_decay,
         "fused": True,
     }
-    if args.value_update == "sparse":
+    is_sparse = args.value_update == "sparse"
+    if is_sparse:
         for module in model.modules():
             if isinstance(module, HashingMemory):
                 for table in module.own_tables:
                     table.note_rows()
-        by_rows, is_stochastic = row_gradients(model), args.value_rounding == "stochastic"
-        optimizer = SparseAdamW(groups, by_rows, is_stochastic, seed, **options)
+    if is_sparse or OPTIMIZERS[args.name] is not None:
+        is_stochastic = args.value_rounding == "stochastic"
+        optimizer = MixedOptimizer(groups, row_gradients(model), is_stochastic, seed, **options)
     else:
         optimizer = AdamW(groups, **options)
     return optimizer, LambdaLR(optimizer, build_lr_fn(args, n_steps))
+
+
+def count_moments(model: nn.Module, args: OptimArgs) -> dict[nn.Parameter, int]:
+    """For each parameter, how many tensors of its size and type the optimizer keeps."""
+    rule = OPTIMIZERS[args.name]
+    taken = set() if rule is None else set(rule.takes(model))
+    return {parameter: rule.moments if parameter in taken else 2 for parameter in model.parameters()}
 
 
 def make_state(optimizer: AdamW) -> None:
@@ -235,11 +328,15 @@ def make_state(optimizer: AdamW) -> None:
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            optimizer.state[parameter] = _new_state(parameter, group)
+
+
+def _new_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the optimizer of the group keeps for a parameter. AdamW, which loads all of it, looks for a `step`."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    if "optimizer" in group:
+        return {"step": step, **OPTIMIZERS[group["optimizer"]].new_state(parameter)}
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def set_schedule_step(optimizer: AdamW, scheduler: LambdaLR, step: int) -> None:

@@ -33,7 +33,7 @@ LONGEST = (
     "test_train.py",
     "test_harness.py",
     "test_scripts.py",
-    "test_sparse_update.py",
+    "test_sparse_adamw.py",
     "test_probe.py",
 )
 

@@ -154,7 +154,7 @@ def measure(args: TrainArgs, world: World) -> tuple[Measured, Footprint]:
     gradients = local_bytes(parameter.grad for parameter in parameters if parameter.grad is not None)
     gradients += sum(part.nbytes for by_rows in row_gradients(model).values() for part in by_rows.rows())
     optimizer.step()
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
     return Measured(local_bytes(parameters), gradients, local_bytes(moments), kept, ledger.peak, ledger.sent), expected
 
 

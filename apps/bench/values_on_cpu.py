@@ -27,7 +27,7 @@ from lingua.distributed import DTYPES, run_main
 from lingua.errors import UserError
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.fetched_lookup import fetch_rows
-from lingua.sparse_update import SparseAdamW
+from lingua.sparse_adamw import SparseAdamW
 
 LR, WEIGHT_DECAY, EPSILON = 1e-3, 0.1, 1e-8
 

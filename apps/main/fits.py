@@ -19,6 +19,7 @@ import torch
 from lingua.data import QUEUED_BATCHES
 from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.errors import UserError
+from lingua.optim import OPTIMIZERS
 from lingua.product_key.memory import memory_layers
 from lingua.transformer import head_sizes, hidden_size
 
@@ -95,11 +96,15 @@ def count_parameters_by_part(args: TrainArgs) -> list[Parameters]:
 
 
 def dense_needs(args: TrainArgs, world: World) -> list[Need]:
-    """All parameters but the value tables, their gradients and AdamW's moments."""
+    """All parameters but the value tables, their gradients and the least that the optimizer keeps of them."""
     _, shard, tp_size = mesh_sizes(args.distributed, world)
     *dense, _ = count_parameters_by_part(args)
     ranks = shard * tp_size
-    return [Need(f"{part.what}, with gradients and moments", part.keys, 4 * 4 * part.count / ranks) for part in dense]
+    rule = OPTIMIZERS[args.optim.name]
+    copies = 2 + (2 if rule is None else min(rule.moments, 2))
+    return [
+        Need(f"{part.what}, with gradients and moments", part.keys, 4 * copies * part.count / ranks) for part in dense
+    ]
 
 
 def table_needs(args: TrainArgs, world: World) -> list[Need]:

@@ -18,7 +18,7 @@ from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
 from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.memory_use import bytes_held
-from lingua.optim import split_parameters
+from lingua.optim import count_moments, split_parameters
 from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
 from lingua.product_key.memory import HashingMemory
 from lingua.transformer import FeedForward, TransformerBlock
@@ -178,6 +178,7 @@ class _Layout:
     def footprint(self) -> Footprint:
         sizes = [(p, number, self.held(p) * p.element_size()) for p, number in self.numbered()]
         parameters = sum(number * size for _, number, size in sizes)
+        moments = count_moments(self.model, self.args.optim)
         gradients = parameters
         if self.is_sparse and self.tables:
             # By rows: in fp32, with a number for each row.
@@ -189,7 +190,7 @@ class _Layout:
             memory=self.parts.memory,
             parameters=parameters,
             gradients=gradients,
-            moments=2 * parameters,
+            moments=sum(number * size * moments[p] for p, number, size in sizes),
             copies=copies,
             activations=activations,
             diagnostics=self.diagnostics(),

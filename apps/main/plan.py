@@ -173,7 +173,7 @@ def memory_rows(args: PlanArgs, found: Footprint) -> list[dict[str, Any]]:
     tokens = f"{args.data.batch_size} x {args.data.seq_len:,} tokens"
     kinds = {
         "parameters": found.parameters,
-        "AdamW's moments": found.moments,
+        "optimizer state": found.moments,
         "gradients": found.gradients,
         "weights gathered or cast": found.copies,
         f"activations, {tokens}": found.activations,

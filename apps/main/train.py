@@ -280,7 +280,7 @@ def checkpoint_folder(args: TrainArgs) -> Path:
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and of AdamW's two moments."""
+    """Bytes of the parameters and of AdamW's two moments; no optimizer keeps more."""
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 

@@ -13,7 +13,7 @@ TABLE = "layers.1.feed_forward.values.weight"
 
 # Ranks, how many of them have different data, distributed.*. Between them: whatever `distributed` has parallelize() do.
 # That each layout's gradients, norms and updates are those of one process, for any model, is proved in tests/lingua:
-# test_parallelize.py, test_golden_on_ranks.py, test_sparse_update.py. Data parallel alone is in test_data_parallel.py.
+# test_parallelize.py, test_golden_on_ranks.py, test_sparse_adamw.py. Data parallel alone is in test_data_parallel.py.
 LAYOUTS = {
     "full_shard 2, each layer checkpointed": (2, 2, {"fsdp_type": "full_shard", "checkpoint_each_layer": True}),
     "HSDP 2 x 2": (4, 4, {"fsdp_type": "full_shard", "dp_replicate": 2, "dp_shard": 2}),

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs
-from lingua.distributed import DistributedArgs, World, validate_distributed_args
+from lingua.distributed import DistributedArgs, World, data_rank, validate_distributed_args
+from lingua.optim import clip_gradients
 from lingua.parallelize import GradientReducer, parallelize, validate_parallelism
 from lingua.product_key.memory import ProductKeyArgs
 
@@ -98,3 +100,52 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole_weights(model: LMTransformer) -> dict[str, torch.Tensor]:
     return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+# --- training steps on batches that all layouts share ---------------------------------------------------------------
+
+BATCHES, ROWS = 2, 4
+
+
+def some_batches(step: int = 0) -> torch.Tensor:
+    """Of one optimizer step, for all ranks together."""
+    return torch.randint(VOCABULARY, (BATCHES, ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
+
+
+def backward(model: LMTransformer, reducer: GradientReducer, step: int = 0, **distributed: Any) -> None:
+    """Each data-parallel rank takes its part of every batch."""
+    number, n_parts = data_rank(distributed_args(**distributed), here())
+    for count, batch in enumerate(some_batches(step), start=1):
+        part = batch.chunk(n_parts)[number]
+        reducer.begin(last=count == BATCHES)
+        with torch.autocast("cpu", torch.bfloat16, enabled=distributed.get("model_dtype") == "bf16"):
+            loss = model(part[:, :-1], part[:, 1:])
+        (loss / BATCHES).backward()
+    reducer.finish()
+
+
+def train(
+    model: LMTransformer, reducer: GradientReducer, optimizer: Optimizer, steps: range, clip: float, **distributed: Any
+) -> list[tuple[float, float]]:
+    """The norms of each step."""
+    norms = []
+    for step in steps:
+        backward(model, reducer, step, **distributed)
+        norms.append(tuple(norm.item() for norm in clip_gradients(model, clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def whole_state(model: LMTransformer, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[name] = whole(parameter.detach()).clone()
+        state |= {f"{name} {kind}": whole(value).clone() for kind, value in optimizer.state[parameter].items()}
+    return state
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (actual[key] - tensor).norm() <= tolerance * tensor.norm() + 1e-9, key

@@ -57,6 +57,7 @@ CASES = {
         "fp16, PEER": config({"peer_variant": True}, distributed={"model_dtype": "fp16"}),
         "fp16": config({"mem_gated": True}, distributed={"model_dtype": "fp16"}),
         "sparse": config(optim={"value_update": "sparse"}, distributed=FP32),
+        "Muon": config(optim={"name": "muon"}, distributed=BF16),
     },
     2: {
         "data parallel": config(distributed=BF16, grad_acc_steps=2),
@@ -90,6 +91,7 @@ CASES = {
             optim={"value_update": "sparse"}, distributed={**BF16, "memory_parallel_size": 2}, grad_acc_steps=2
         ),
         "HSDP": config(distributed={**BF16, **FULL, "dp_shard": 2}, grad_acc_steps=2),
+        "HSDP, Muon": config(optim={"name": "muon"}, distributed={**BF16, **FULL, "dp_shard": 2}),
         "memory parallel in pairs, HSDP": config(
             distributed={**BF16, **FULL, "dp_shard": 2, "memory_parallel_size": 2}
         ),

@@ -172,7 +172,8 @@ def test_any_part_is_a_part_of_the_whole(monkeypatch):
                 local = torch.full((last - first, columns.stop - columns.start), math.nan)
                 with monkeypatch.context() as as_if_split:
                     place = local, (first, columns.start)
-                    as_if_split.setattr(initialize, "_local_part", lambda parameter, place=place: place)
+                    as_if_split.setattr(initialize, "local_part", lambda parameter, place=place: place[0])
+                    as_if_split.setattr(initialize, "local_offsets", lambda parameter, place=place: place[1])
                     filled(11, 6)
                 assert torch.equal(local, expected[first:last, columns])
 

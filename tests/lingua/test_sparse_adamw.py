@@ -21,13 +21,23 @@ from lingua.parallelize import GradientReducer, splits_tables_by_rows
 from lingua.product_key import xformer_embeddingbag
 from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.row_gradients import RowGradients
-from lingua.sparse_update import SparseAdamW, _round_at_random
-from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, model_args, whole
+from lingua.sparse_adamw import SparseAdamW, _round_at_random
+from tests.helpers.layouts import (
+    LAYOUTS,
+    MODELS,
+    assert_close,
+    backward,
+    build,
+    distributed_args,
+    here,
+    model_args,
+    train,
+    whole_state,
+)
 from tests.helpers.ranks import fake_ranks, run_ranks
 
 # Learning rates large enough that errors would show.
 OPTIM = {"lr": 0.01, "scheduler": "constant", "weight_decay": 0.5}
-BATCHES, ROWS = 2, 4
 
 RECOMPUTING = {
     "kept": {},
@@ -45,44 +55,6 @@ def in_full(gradient: RowGradients) -> torch.Tensor:
     return full
 
 
-def some_batches(step: int = 0) -> torch.Tensor:
-    """Of one optimizer step, for all ranks together."""
-    return torch.randint(VOCABULARY, (BATCHES, ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
-
-
-def backward(model: LMTransformer, reducer: GradientReducer, step: int = 0, **distributed: Any) -> None:
-    """Each data-parallel rank takes its part of every batch."""
-    number, n_parts = data_rank(distributed_args(**distributed), here())
-    for count, batch in enumerate(some_batches(step), start=1):
-        part = batch.chunk(n_parts)[number]
-        reducer.begin(last=count == BATCHES)
-        with torch.autocast("cpu", torch.bfloat16, enabled=distributed.get("model_dtype") == "bf16"):
-            loss = model(part[:, :-1], part[:, 1:])
-        (loss / BATCHES).backward()
-    reducer.finish()
-
-
-def train(
-    model: LMTransformer, reducer: GradientReducer, optimizer: Optimizer, steps: range, clip: float, **distributed: Any
-) -> list[tuple[float, float]]:
-    """The norms of each step."""
-    norms = []
-    for step in steps:
-        backward(model, reducer, step, **distributed)
-        norms.append(tuple(norm.item() for norm in clip_gradients(model, clip)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms
-
-
-def whole_state(model: LMTransformer, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[name] = whole(parameter.detach()).clone()
-        state |= {f"{name} {kind}": whole(value).clone() for kind, value in optimizer.state[parameter].items()}
-    return state
-
-
 def trained(
     args: LMTransformerArgs, update: str, n_steps: int = 3, clip: float = 1.0, **distributed: Any
 ) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
@@ -91,12 +63,6 @@ def trained(
     optimizer, _ = build_optimizer(model, OptimArgs(**OPTIM, value_update=update), 10)
     norms = train(model, reducer, optimizer, range(n_steps), clip, **distributed)
     return whole_state(model, optimizer), norms
-
-
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert (actual[key] - tensor).norm() <= tolerance * tensor.norm() + 1e-9, key
 
 
 # --- gradients by rows -----------------------------------------------------------------------------------------------
@@ -238,7 +204,7 @@ def read_some(table: xFormerEmbeddingBag, size: int, rng: torch.Generator) -> to
 @pytest.mark.parametrize("at_once", [1, 2**17])
 def test_torchs_own_sparse_adam(monkeypatch, at_once):
     """Without weight decay it is the same rule."""
-    monkeypatch.setattr("lingua.sparse_update.AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr("lingua.sparse_adamw.AT_ONCE", {"cpu": at_once})
     table, optimizer = table_and_optimizer(40, 5)
     other = torch.nn.Parameter(table.weight.detach().clone())
     theirs = torch.optim.SparseAdam([other], lr=0.1, betas=(0.9, 0.95))

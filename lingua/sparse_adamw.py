@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
-from lingua.distributed import local_part
 from lingua.product_key.fetched_lookup import bring_rows
 from lingua.product_key.row_gradients import RowGradients
+from lingua.sharding import local_offsets, local_part
 
 # Elements of a table that are updated at once: those of each thread of a CPU stay in its cache, those of a GPU keep all
 # of it busy.
@@ -118,17 +117,9 @@ class SparseAdamW(AdamW):
             state["step"] -= skipped
 
     def _generator(self, parameter: nn.Parameter, step: int) -> torch.Generator:
-        key = (self.seed, step, self._numbers[parameter], _first_column(parameter))
+        key = (self.seed, step, self._numbers[parameter], local_offsets(parameter)[1])
         state = np.random.SeedSequence(key).generate_state(1, np.uint64)
         return torch.Generator(local_part(parameter).device).manual_seed(int(state[0]))
-
-
-def _first_column(parameter: nn.Parameter) -> int:
-    """Where in the whole table this rank's columns begin."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    # How torch's distributed checkpoints ask a tensor for its place.
-    return parameter.__create_chunk_list__()[0].offsets[1]
 
 
 def _round_at_random(tensors: tuple[torch.Tensor, ...], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
