@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed import ProcessGroup, all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua import muon
@@ -265,26 +266,56 @@ def build_groups(model: nn.Module, args: OptimArgs) -> list[dict[str, Any]]:
 
 
 class MixedOptimizer(SparseAdamW):
-    """AdamW, sparse for tables with row-sparse gradients; groups that name another of OPTIMIZERS move by that."""
+    """AdamW, sparse for tables with row-sparse gradients; groups that name another of OPTIMIZERS move by that.
+
+    Of parameters that are split over ranks, AdamW updates this rank's parts as plain tensors: through DTensor the same
+    update costs a host many times more, the first one most of all.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if "optimizer" not in group]
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
-        for group in groups:
-            if "optimizer" in group:
-                rule = OPTIMIZERS[group["optimizer"]]
-                parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-                for parameter in parameters:
-                    if not self.state[parameter]:
-                        self.state[parameter] = _new_state(parameter, group)
-                states = [self.state[parameter] for parameter in parameters]
-                rule.update(parameters, states, group, getattr(self, "found_inf", None))
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        skip = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = _new_state(parameter, group)
+            states = [self.state[parameter] for parameter in parameters]
+            update = OPTIMIZERS[group["optimizer"]].update if "optimizer" in group else _adamw
+            update(parameters, states, group, skip)
+        self.step_rows()
         return loss
+
+
+def _adamw(
+    parameters: list[nn.Parameter],
+    states: list[dict[str, torch.Tensor]],
+    group: dict[str, Any],
+    skip: torch.Tensor | None,
+) -> None:
+    """An OptimizerRule's `update`."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        [local_part(parameter) for parameter in parameters],
+        [local_part(parameter.grad) for parameter in parameters],
+        [local_part(state["exp_avg"]) for state in states],
+        [local_part(state["exp_avg_sq"]) for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        found_inf=skip,
+    )
 
 
 def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int = 0) -> tuple[AdamW, LambdaLR]:
@@ -301,17 +332,12 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int =
         "weight_decay": args.weight_decay,
         "fused": True,
     }
-    is_sparse = args.value_update == "sparse"
-    if is_sparse:
+    if args.value_update == "sparse":
         for module in model.modules():
             if isinstance(module, HashingMemory):
                 for table in module.own_tables:
                     table.note_rows()
-    if is_sparse or OPTIMIZERS[args.name] is not None:
-        is_stochastic = args.value_rounding == "stochastic"
-        optimizer = MixedOptimizer(groups, row_gradients(model), is_stochastic, seed, **options)
-    else:
-        optimizer = AdamW(groups, **options)
+    optimizer = MixedOptimizer(groups, row_gradients(model), args.value_rounding == "stochastic", seed, **options)
     return optimizer, LambdaLR(optimizer, build_lr_fn(args, n_steps))
 
 

@@ -55,12 +55,17 @@ class SparseAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = super().step(closure)
+        self.step_rows()
+        return loss
+
+    @torch.no_grad()
+    def step_rows(self) -> None:
+        """Of the tables with row-sparse gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = self.row_gradients.get(parameter)
                 if gradient is not None and not gradient.is_empty:
                     self._update(parameter, gradient, group)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -307,7 +307,7 @@ def test_memory_stays_flat(start, tmp_path):
             return True
         return False
 
-    run.wait_for(watch)
+    run.wait_for(watch, pause=0.2)
     run.finish().ok()
     trainer_memory = [(line["global_step"], line["memory/rss_gib"] * 2**30) for line in read_metrics(dump_dir)]
     assert trainer_memory[-1][0] == 1400

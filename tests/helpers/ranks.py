@@ -12,7 +12,6 @@ what PyTorch does for the first time in a process (DTensor, FSDP, the compiler) 
 import contextlib
 import gc
 import io
-import multiprocessing
 import os
 import sys
 import time
@@ -28,12 +27,12 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.helpers.processes import PROCESSES
+
 # Seconds; far more than anything takes here. It ends what hangs, and is no measure of speed.
 PATIENCE = 240
 # Seconds that the other ranks get, after the first one that fails, to report their errors.
 PATIENCE_WITH_OTHERS = 5
-
-PROCESSES = multiprocessing.get_context("forkserver")
 
 # After this many calls a pool is made anew: gloo keeps the threads of groups that were destroyed, some ten a call.
 CALLS_OF_A_POOL = 20
@@ -90,9 +89,6 @@ class _Pool:
     """Ranks that have met. It ends with this process, as its processes are daemons."""
 
     def __init__(self, n_ranks: int, patience: float):
-        # Importing torch takes seconds, so processes are forked from a server that has done it. The list is the one of
-        # tests/helpers/training.py: there is one server, started by whoever comes first.
-        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
         self.patience, self.n_calls = patience, 0
         self._store = dist.TCPStore("127.0.0.1", 0, n_ranks, is_master=True, wait_for_workers=False)
         self._ranks = [_Rank(rank, n_ranks, self._store.port, patience) for rank in range(n_ranks)]

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -30,6 +29,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.helpers.processes import PROCESSES
+
 REPOSITORY = Path(__file__).parents[2]
 # Far more than anything takes here: it ends what hangs, and is no measure of speed.
 PATIENCE = 240
@@ -39,8 +40,6 @@ COMPUTED = ("global_step", "acc_step", "loss/out", "optim/grad_norm", "optim/val
 COMPUTED += ("optim/value_lr", "optim/total_tokens")
 
 TRAIN = "apps.main.train"
-
-PROCESSES = multiprocessing.get_context("forkserver")
 
 
 # --- what to train, and on what -----------------------------------------------------------------------------------
@@ -196,7 +195,6 @@ class Training:
     def __init__(self, argv: list[object], logs: Path, module: str = TRAIN, **variables: str):
         Training._number += 1
         self._logs = f"{logs / 'process'}.{Training._number}"
-        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
         arguments = [str(argument) for argument in argv]
         environment = clean_environment(**{"TMPDIR": str(logs), **variables})
         self.process = PROCESSES.Process(
@@ -231,9 +229,9 @@ class Training:
         if self.process.exitcode is None:
             os.kill(self.process.pid, number)
 
-    def wait_for(self, happened: Callable[[], object]) -> bool:
+    def wait_for(self, happened: Callable[[], object], pause: float = 0.02) -> bool:
         """Waits until `happened()` or the process's end; returns whether it is still there."""
-        wait_until(lambda: self.process.exitcode is not None or happened())
+        wait_until(lambda: self.process.exitcode is not None or happened(), pause)
         return self.process.exitcode is None
 
 
@@ -323,7 +321,7 @@ def torchrun(n_ranks: int, argv: list[object], module: str = TRAIN) -> list[obje
     return ["torch.distributed.run", "--standalone", "--nproc-per-node", n_ranks, "-m", module, *argv]
 
 
-def wait_until(happened: Callable[[], object], pause: float = 0.005) -> None:
+def wait_until(happened: Callable[[], object], pause: float = 0.02) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline, "waited in vain"

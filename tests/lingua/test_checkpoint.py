@@ -1,7 +1,6 @@
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -35,9 +34,8 @@ from lingua.checkpoint import (
 )
 from lingua.optim import OptimArgs, build_optimizer, make_state
 from lingua.product_key.memory import ProductKeyArgs
+from tests.helpers.processes import PROCESSES
 from tests.helpers.ranks import run_ranks
-
-PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def train_state(step: int) -> dict[str, object]:
@@ -236,7 +234,6 @@ def _save_until(path: str, last_event: int, report: str) -> None:
 
 def test_killed_at_every_change_of_a_file(tmp_path):
     report = tmp_path / "report"
-    PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
 
     def save_until(event):
         path = tmp_path / f"killed.{event}"

@@ -273,7 +273,7 @@ def test_the_optimizer_is_adamw_as_configured():
     args = OptimArgs(lr=0.01, weight_decay=0.3, epsilon=1e-5, beta1=0.7, beta2=0.8, scheduler="constant")
     model = build_model(mem_gated=True)
     optimizer, _ = build_optimizer(model, args, 10)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"], group["fused"]) == ((0.7, 0.8), 1e-5, 0.3, True)
 
