@@ -62,6 +62,13 @@ def test_make_sample_data(home, load, monkeypatch):
     assert called == [home / "s" / "stdlib"]
 
 
+def test_prepare_debian_text(home, load, monkeypatch):
+    script, called = load("prepare_debian_text"), []
+    monkeypatch.setattr(script, "prepare", lambda package, data_dir, cache, *_: called.append((data_dir, cache)))
+    main(script, monkeypatch, "--data_dir=~/d", "--cache_dir=~/c", "--packages", "dict-gcide")
+    assert called == [(home / "d", home / "c")]
+
+
 def test_prepare_data(home, load, monkeypatch, capsys):
     """Documents that are no documents are left out and counted, at the end and in the manifest; columns too."""
     documents = [json.dumps({"text": f"document {number}", "raw": "x", "url": "u"}) for number in range(200)]
