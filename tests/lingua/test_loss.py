@@ -72,13 +72,13 @@ def check_half(device="cpu", dtypes=(torch.bfloat16, torch.float16), tolerance=1
             assert mine <= tolerance * other + 1e-7, (dtype, ours, theirs)
 
 
-def check_large_logits(device="cpu"):
+def check_large_logits(device="cpu", **sizes):
     """Probabilities of which most are 0, and losses of hundreds."""
-    check_half(device, dtypes=(torch.float32, torch.bfloat16), scale=100.0, tolerance=1.2)
+    check_half(device, dtypes=(torch.float32, torch.bfloat16), scale=100.0, tolerance=1.2, **sizes)
 
 
-def check_no_label_counts(device="cpu"):
-    h, weight, target = draw(device=device)
+def check_no_label_counts(device="cpu", **sizes):
+    h, weight, target = draw(device=device, **sizes)
     loss, *_ = run(linear_cross_entropy, h, weight, torch.full_like(target, -100), torch.float32)
     assert loss.isnan()
 
