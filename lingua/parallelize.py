@@ -267,6 +267,7 @@ def _use_float8(model: nn.Module, pattern: str) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     wanted = re.compile(pattern)
+    model.whole_logits = bool(wanted.search("output"))  # torchao's linears give nothing else
     convert_to_float8_training(
         model,
         config=Float8LinearConfig.from_recipe_name("rowwise"),

@@ -143,7 +143,7 @@ def _rounded(value: float) -> float | None:
 
 @contextmanager
 def _nothing_noted(model: BaseTransformer) -> Iterator[None]:
-    """What lookups note in a backward pass for training goes elsewhere meanwhile, and is forgotten.
+    """What lookups note in a backward pass for training goes elsewhere meanwhile, and is forgotten. Logits are whole.
 
     Tables have their rows noted in any case: else autograd would make a gradient of the table's size, asked for or not.
     """
@@ -151,6 +151,7 @@ def _nothing_noted(model: BaseTransformer) -> Iterator[None]:
     tables = [table for memory in memories for table in memory.own_tables]
     stand_ins = [(table, "row_gradients", RowGradients(table.weight)) for table in tables]
     stand_ins += [(memory, "slot_use", None) for memory in memories]
+    stand_ins.append((model, "whole_logits", True))
     of_training = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
     for module, name, stand_in in stand_ins:
         setattr(module, name, stand_in)

@@ -21,6 +21,7 @@ from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
 from lingua.distributed import DistributedArgs, World
 from lingua.guards import Guard, GuardArgs, seed_of_backward
+from lingua.loss import linear_cross_entropy, tokens_of_chunk
 from lingua.memory_use import MemoryUse
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
@@ -35,6 +36,7 @@ from lingua.profiling import Profiler, ProfilingArgs, Workload
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
 from tests.helpers.lookups import DTYPES, check_products, check_rows, check_sums, draw
+from tests.lingua import test_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -660,6 +662,53 @@ def test_footprint_is_what_arithmetic_says(peer, recomputed):
     for line in lines:
         # What is held at once is estimated from above; the less, the more of a small model is computed again.
         assert (0.35 if line["on a rank"] == "at once in a step" else 0.9) <= line["ratio"] <= 1.1, line
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"shape": (4, 100), "dim": 64, "n_words": 40_003}], ids=["small", "several blocks"]
+)
+@pytest.mark.parametrize("check", test_loss.CHECKS, ids=lambda check: check.__name__)
+def test_loss(check, sizes, monkeypatch):
+    monkeypatch.setattr("lingua.loss.CHUNK", 50 * 40_003)
+    check("cuda", **sizes)
+
+
+def test_a_compiled_loss():
+    """In the models' sizes, through the compiler's own code."""
+    inputs = test_loss.draw((2, 64), 64, 1000, "cuda")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        results = [test_loss.run(compute, *inputs, dtype) for compute in (compiled, linear_cross_entropy)]
+        assert all(relative_error(mine, eager) < 1e-6 for mine, eager in zip(*results, strict=True))
+
+
+def test_the_loss_waits_for_no_gpu_and_holds_a_chunk_of_logits():
+    n_tokens, dim, n_words = 24_000, 64, 32_000
+    h = torch.randn(n_tokens, dim, device="cuda", requires_grad=True)
+    weight = torch.randn(n_words, dim, device="cuda", requires_grad=True)
+    target = torch.randint(n_words, (n_tokens,), device="cuda")
+
+    def train():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = linear_cross_entropy(h, weight, target)
+        loss.backward()
+
+    train()
+    h.grad = weight.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    logits = 2 * tokens_of_chunk(n_tokens, n_words, h.device) * n_words
+    assert logits < 2 * n_tokens * n_words / 2
+    assert torch.cuda.max_memory_allocated() - before < logits + 4 * (h.nbytes + weight.nbytes)
 
 
 # --- the search where it is large ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ LARGE = (
 
 ON_A_GPU = {
     "memory_layer": "memory_layer",
+    "loss": "loss",
     "values_on_cpu": "values_on_cpu",
     "train_step": f"train_step {LARGE} rounds=3 steps_per_round=2",
     "train_step_sparse": f"train_step {LARGE} rounds=3 steps_per_round=2 optim.value_update=sparse",
@@ -36,6 +37,7 @@ ON_A_GPU = {
 }
 ON_A_CPU = {
     "memory_layer": "memory_layer device=cpu",
+    "loss": "loss device=cpu",
     "values_on_cpu": "values_on_cpu device=cpu",
     "train_step": f"train_step {DEBUG}",
     "train_step_sparse": f"train_step {DEBUG} optim.value_update=sparse",

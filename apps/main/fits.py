@@ -19,6 +19,7 @@ import torch
 from lingua.data import QUEUED_BATCHES
 from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.errors import UserError
+from lingua.loss import tokens_of_chunk
 from lingua.optim import OPTIMIZERS
 from lingua.product_key.memory import memory_layers
 from lingua.transformer import head_sizes, hidden_size
@@ -126,7 +127,9 @@ def activation_needs(args: TrainArgs, world: World) -> Iterator[Need]:
     batch = ("data.batch_size", "data.seq_len")
     n_tokens = args.data.batch_size * args.data.seq_len
     size = DTYPES[distributed.model_dtype].itemsize
-    yield Need("logits", (*batch, "model.vocab_size"), n_tokens * model.vocab_size * (size + 4))
+    n_words = model.vocab_size // distributed.tp_size
+    logits = tokens_of_chunk(n_tokens, n_words, world.device) * n_words * size
+    yield Need("logits", (*batch, "model.vocab_size"), logits)
     n_tokens /= distributed.tp_size
     yield Need("blocks' inputs", (*batch, "model.dim", "model.n_layers"), n_tokens * model.dim * size * model.n_layers)
     # At least one block's whole, where the others' are computed again.

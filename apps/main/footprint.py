@@ -17,6 +17,7 @@ from torch import nn
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
 from lingua.distributed import DTYPES, World, mesh_sizes
+from lingua.loss import tokens_of_chunk
 from lingua.memory_use import bytes_held
 from lingua.optim import count_moments, split_parameters
 from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
@@ -237,18 +238,15 @@ class _Layout:
         """Bytes of weights beside the parameters when a forward pass ends: what FSDP has gathered and not put away, or
         what autocast has cast to half precision.
         """
-        embedding, norm, *output = self.parts.ends
         if self.data_ranks > 1:
-            copies = sum(
+            return sum(
                 number * self.gathered_bytes(unit, parameters)
                 for unit, number, parameters in self.units()
                 if not self.is_full or unit in ("output", "rest")
             )
-            is_cast = self.parts.is_tied and self.bytes < FP32
-            return copies + (self.bytes * self.whole(embedding) if is_cast else 0)
         if self.bytes == FP32:
             return 0
-        copies = sum(self.whole(p) for p in output or [embedding])
+        copies = 0
         for block, number, parameters in self.parts.blocks:
             exact = (block.attention_norm.weight, block.ffn_norm.weight)
             copies += number * sum(self.whole(p) for p in parameters if not any(p is norm for norm in exact))
@@ -267,9 +265,9 @@ class _Layout:
     def activations(self) -> int:
         """Bytes that autograd keeps when the forward pass of a batch ends."""
         n, N, C, b = self.n, self.N, self.model.dim, self.bytes
-        V = self.args.model.vocab_size
         ends = n * C * FP32 + 8 * N  # the embedding's result, the tokens
-        ends += self.norm() + N * C * b + N * V * FP32 + 8 * N  # the last norm, the output's input, the loss
+        # The last norm; from the loss, the gradients of the output's input and weight.
+        ends += self.norm() + N * C * b + FP32 * self.whole(self.model.output.weight)
         return ends + sum(
             number * self.kept_of(block, self.recomputes(block)) for block, number, _ in self.parts.blocks
         )
@@ -356,19 +354,21 @@ class _Layout:
         return 4 if self.memories[0].size <= 2**31 else 8
 
     def at_the_loss(self, gradients: int, copies: int, activations: int) -> int:
-        """Bytes where the forward pass turns into the backward one: all activations and the logits."""
-        logits, b = self.N * self.args.model.vocab_size, self.bytes
+        """Bytes where the forward pass turns into the backward one: all activations and what the loss takes."""
+        n, N, C, b = self.n, self.N, self.model.dim, self.bytes
         earlier = 0
         if self.args.grad_acc_steps > 1:  # those of other batches; tables have theirs when the step ends
             tables = sum(self.held(table) * table.element_size() for table in self.tables)
             earlier = self.noted() if self.is_sparse else gradients - (0 if self.by_rows else tables)
-        # Logits in both types; then two gradients in fp32, when casts for blocks that run again are gone.
-        later = copies
-        if self.data_ranks == 1 and any(self.recomputes(block) != "nothing" for block, _, _ in self.parts.blocks):
-            later = min(copies, b * self.whole(self.parts.ends[0]))
-        at_the_loss = max(copies + logits * (FP32 + b), later + logits * 2 * FP32)
-        # Or in the last block's backward pass, when the loss has let go of its logits.
-        return earlier + activations + max(at_the_loss, copies + self.gathering() - logits * FP32)
+        # Its input, and the logits of a chunk of tokens.
+        n_words, weight = self.args.model.vocab_size // self.tp, self.whole(self.model.output.weight)
+        logits = tokens_of_chunk(N, n_words, self.device) * n_words
+        loss = N * C * FP32 + (n * C * FP32 if self.tp > 1 else 0) + logits * b
+        if b < FP32:  # casts, unless FSDP has gathered them; on a CPU the logits in fp32, then a product to be added
+            loss += N * C * b + (weight * b if self.data_ranks == 1 or self.parts.is_tied else 0)
+            loss += max(logits * FP32, weight * b) if self.device.type == "cpu" else 0
+        # Or in the last block's backward pass.
+        return earlier + activations + copies + max(loss, N * C * FP32 + self.gathering())
 
     def gathering(self) -> int:
         """Bytes that FSDP takes for a block in the backward pass, beside what stays gathered; an estimate."""
@@ -442,14 +442,13 @@ class _Layout:
 
     def add_tensor_parallelism(self, add) -> None:
         N, C, b, batches = self.N, self.model.dim, self.bytes, self.args.grad_acc_steps
-        V = self.args.model.vocab_size
 
         def both_ways(gathered: float, scattered: float) -> None:
             add("all-gather", "tp", self.tp, batches * gathered)
             add("reduce-scatter", "tp", self.tp, batches * scattered)
 
         both_ways(N * C * FP32, N * C * FP32)  # the embedding's result, and its gradient
-        both_ways(N * C * FP32 + N * V * b, N * C * FP32)  # the output's input, its gradient, the logits
+        both_ways(N * C * FP32 + self.tp * N * 3 * FP32, N * C * FP32)  # the output's input, its gradient, the losses
         # FSDP sums the norms' gradients in each backward pass.
         times = batches if self.data_ranks > 1 else 1
         summed = times * self.held(self.model.norm.weight)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lingua.errors import UserError
 from lingua.initialize import truncated_normal
+from lingua.loss import linear_cross_entropy
 from lingua.product_key.memory import count_lookup_flops
 from lingua.transformer import (
     BaseTransformer,
@@ -41,8 +42,18 @@ def validate_model_args(args: LMTransformerArgs) -> None:
         raise UserError(f"model.sliding_window: {args.sliding_window} is too small, it must be 1 or more")
 
 
+class Output(nn.Linear):
+    """(..., C) -> logits (..., vocab); with `target=`, ids (...), the mean loss, for which logits are never whole."""
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__(dim, vocab_size, bias=False)
+
+    def forward(self, h: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(h) if target is None else linear_cross_entropy(h, self.weight, target)
+
+
 class TiedOutput(nn.Module):
-    """The embedding's weight as the output's, (..., C) -> (..., vocab). It stays the embedding's alone."""
+    """The same by the embedding's weight, which stays the embedding's alone."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
@@ -52,8 +63,8 @@ class TiedOutput(nn.Module):
     def weight(self) -> torch.Tensor:
         return self._embedding[0].weight
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.linear(h, self.weight)
+    def forward(self, h: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(h, self.weight) if target is None else linear_cross_entropy(h, self.weight, target)
 
 
 class LMTransformer(BaseTransformer):
@@ -61,7 +72,11 @@ class LMTransformer(BaseTransformer):
 
     The weights follow from `args.seed` alone, whatever random numbers were drawn before. Built on the meta device it
     holds none: `to_empty`, then `init_weights`.
+
+    `whole_logits`: whether the loss is computed from logits that `output` has given, as the probe needs them.
     """
+
+    whole_logits = False
 
     def __init__(self, args: LMTransformerArgs):
         validate_model_args(args)
@@ -75,7 +90,7 @@ class LMTransformer(BaseTransformer):
             if args.weight_tying:
                 self.output = TiedOutput(self.tok_embeddings)
             else:
-                self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+                self.output = Output(args.dim, args.vocab_size)
         self.seed = args.seed
         self.sliding_window = args.sliding_window
         if not self.tok_embeddings.weight.is_meta:
@@ -114,7 +129,11 @@ class LMTransformer(BaseTransformer):
         mask: Mask | list[Mask] | None = None,
         attn_impl: str = "sdpa",
     ) -> torch.Tensor:
-        logits = self.output(self.hidden_states(token_values, tok_idx, mask, attn_impl))
+        h = self.hidden_states(token_values, tok_idx, mask, attn_impl)
+        # Within the output's own forward, whose hooks gather its weight (FSDP) and the sequence (tensor parallelism).
+        if target is not None and not self.whole_logits:
+            return self.output(h, target=target)
+        logits = self.output(h)
         return logits if target is None else cross_entropy(logits, target)
 
     def hidden_states(

@@ -101,7 +101,7 @@ def slot_products(
     return bag_products(indices, weight if ticket is None else weight.detach(), x, ticket)
 
 
-def _runs_on_triton(tensor: torch.Tensor) -> bool:
+def runs_on_triton(tensor: torch.Tensor) -> bool:
     """The one place that decides: kernels on GPUs, and in Triton's interpreter where that is asked for."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (tensor.is_cuda or interpreted) and tensor.dtype != torch.float64 and _has_triton()
@@ -129,7 +129,7 @@ def bag_sums(
 ) -> torch.Tensor:
     """`sum_k factors[n, k] * weight[indices[n, k]]`, (N, D) of type `dtype`."""
     check_slots(indices, len(weight))
-    if _runs_on_triton(weight):
+    if runs_on_triton(weight):
         from lingua.product_key import lookup_kernels
 
         return lookup_kernels.sums(indices, weight, factors, dtype)
@@ -144,7 +144,7 @@ def bag_products(
 ) -> torch.Tensor:
     """`<weight[indices[n, k]], vectors[n]>`, (N, K) in fp32 or more."""
     check_slots(indices, len(weight))
-    if _runs_on_triton(weight):
+    if runs_on_triton(weight):
         from lingua.product_key import lookup_kernels
 
         return lookup_kernels.products(indices, weight, vectors)
@@ -160,7 +160,7 @@ def table_gradient(
 ) -> torch.Tensor:
     """Row s sums `factors[n, k] * vectors[n]` over all n, k with indices[n, k] = s: (S, D) of type `dtype`."""
     check_slots(indices, n_slots)
-    if _runs_on_triton(vectors):
+    if runs_on_triton(vectors):
         from lingua.product_key import lookup_kernels
 
         return lookup_kernels.gradient(indices, factors, vectors, n_slots, dtype)
@@ -257,7 +257,7 @@ def row_sums(
     unique, positions, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     ends = F.pad(counts.cumsum(0), (1, 0))
     tokens, factors = tokens[places], factors[places]
-    if _runs_on_triton(vectors):
+    if runs_on_triton(vectors):
         from lingua.product_key import lookup_kernels
 
         return unique, lookup_kernels.sum_sorted(positions, ends, tokens, factors, vectors, wide)

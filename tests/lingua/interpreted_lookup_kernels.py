@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lingua.product_key import lookup_kernels
-from lingua.product_key.xformer_embeddingbag import _runs_on_triton
+from lingua.product_key.xformer_embeddingbag import runs_on_triton
 from tests.helpers.lookups import check_products, check_rows, check_sums, draw
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def test_kernels_are_what_runs():
-    assert _runs_on_triton(torch.ones(1))
+    assert runs_on_triton(torch.ones(1))
 
 
 # A block has 8 places and 256 columns (sums), 2 places and 1024 columns (products), or 4 places and 512 columns
