@@ -53,8 +53,9 @@ from apps.main.validation import (
 from lingua import slurm
 from lingua.args import check_writable, from_dict, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
-from lingua.distributed import StopSignal, find_world, from_first_rank, process_group, run_main, together
+from lingua.distributed import find_world, from_first_rank, process_group, together
 from lingua.errors import UserError
+from lingua.launch import StopSignal, run_main
 from lingua.logger import init_logger
 from lingua.metrics import MetricsLogger, start_wandb, validate_wandb_args
 from lingua.sources import VALIDATION_FILES

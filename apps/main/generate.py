@@ -42,10 +42,11 @@ from lingua.checkpoint import (
     refuse_damaged,
 )
 from lingua.data import DataArgs
-from lingua.distributed import DTYPES, find_world, run_main, together
+from lingua.distributed import DTYPES, find_world, together
 from lingua.errors import UserError
 from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
+from lingua.launch import run_main
 from lingua.logger import init_logger
 from lingua.metrics import format_duration
 from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag

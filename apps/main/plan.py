@@ -22,8 +22,9 @@ from apps.bench.report import table
 from apps.main.footprint import Footprint, ModelParts, footprint
 from apps.main.train import TrainArgs, build_model, validate_model_and_layout
 from lingua.args import parse_args
-from lingua.distributed import DistributedArgs, World, mesh_sizes, run_main, validate_distributed_args
+from lingua.distributed import DistributedArgs, World, mesh_sizes, validate_distributed_args
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.optim import validate_optim_args
 from lingua.tokenizer import build_tokenizer
 

@@ -74,22 +74,17 @@ from lingua.data import (
 from lingua.distributed import (
     DTYPES,
     DistributedArgs,
-    StopSignal,
     World,
     data_rank,
-    default_environment,
     find_ranks,
     find_world,
     from_first_rank,
     gather_objects,
     process_group,
     reduce_sum,
-    run_main,
-    set_environment,
     steps_to_next_check,
     together,
     validate_distributed_args,
-    validate_environment,
 )
 from lingua.errors import UserError
 from lingua.flops import known_peak
@@ -101,6 +96,7 @@ from lingua.guards import (
     seed_of_backward,
     validate_guard_args,
 )
+from lingua.launch import StopSignal, default_environment, run_main, set_environment, validate_environment
 from lingua.logger import LOCK_FILE, add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
 from lingua.metrics import (

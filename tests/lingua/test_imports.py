@@ -1,4 +1,6 @@
-"""What an import of the library leaves in the process: nothing that another program in it would notice."""
+"""What an import of the library leaves in the process: nothing that another program in it would notice, and no module
+that it can do without. torch alone takes 2 seconds.
+"""
 
 import json
 import subprocess
@@ -49,3 +51,21 @@ def test_nothing_global_changes():
     assert changed == changed_later == []
     # The layer needs nothing of a running job.
     assert not {"lingua.args", "lingua.distributed", "lingua.watch"} & set(modules)
+
+
+# Programs and modules that do not compute with tensors.
+WITHOUT_TORCH = (
+    *("apps.capacity.people", "apps.plots.growth", "apps.plots.run", "lingua.args", "lingua.data", "lingua.launch"),
+    *("lingua.shuffle_jobs", "lingua.stool", "lingua.tokenizer", "setup.download_prepare_hf_data"),
+)
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The modules that are loaded after `modules` are imported in a new process."""
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print(*sys.modules)"
+    command = [sys.executable, "-c", code, *modules]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split())
+
+
+def test_programs_that_do_without_torch():
+    assert "torch" not in loaded_by(*WITHOUT_TORCH)
