@@ -54,7 +54,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lingua import slurm
@@ -74,8 +73,9 @@ from lingua.checkpoint_integrity import (
     writing,
 )
 from lingua.data import redistribute_state
-from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, local_part, together
+from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, together
 from lingua.errors import UserError
+from lingua.sharding import is_split, local_part, local_slices, split_like
 
 logger = logging.getLogger(__name__)
 
@@ -560,17 +560,8 @@ def _split_like(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
     for name, tensor in state.items():
         own = parameters.get(name)
         split[name] = tensor
-        if isinstance(own, DTensor) and own.shape == tensor.shape:
-            ((piece,), local) = own.__create_chunk_list__(), own.to_local()
-            part = tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))]
-            split[name] = DTensor.from_local(
-                part.to(local.device),
-                own.device_mesh,
-                own.placements,
-                run_check=False,
-                shape=own.shape,
-                stride=own.stride(),
-            )
+        if own is not None and is_split(own) and own.shape == tensor.shape:
+            split[name] = split_like(tensor[local_slices(own)].to(local_part(own).device), own)
     return split
 
 

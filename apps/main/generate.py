@@ -49,8 +49,8 @@ from lingua.kv_cache import KVCache, Packing, read_without_cache
 from lingua.launch import run_main
 from lingua.logger import init_logger
 from lingua.metrics import format_duration
-from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.memory import HashingMemory
+from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)

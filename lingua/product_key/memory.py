@@ -18,9 +18,9 @@ from torch import nn
 
 from lingua.errors import UserError
 from lingua.initialize import normal, uniform, xavier_uniform
-from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.search import search
 from lingua.product_key.slot_use import SlotUse
+from lingua.product_key.value_table import SlotProducts, xFormerEmbeddingBag
 
 NORM_EPS = 1e-5
 

@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 
-# Prints what each group of modules that it is given changes when it is imported. torch and OmegaConf are imported
-# before: what they set is theirs.
+# Prints what each group of modules that it is given changes when it is imported, and what is loaded then. torch and
+# OmegaConf are imported before: what they set is theirs.
 COMPARE = """
 import gc, importlib, json, logging, os, signal, sys, threading, warnings
-import torch, torch.distributed.tensor, torch.distributed.checkpoint
+import torch
 from omegaconf.basecontainer import BaseContainer
 forks = []
 os.register_at_fork = lambda **hooks: forks.append(str(hooks))
@@ -37,20 +37,23 @@ for modules in sys.argv[1:]:
         importlib.import_module(module)
     after = state()
     changed = [[name, str(before[name]), str(after[name])] for name in before if before[name] != after[name]]
-    print(json.dumps([changed, [name for name in sys.modules if name.startswith("lingua.")]]))
+    print(json.dumps([changed, list(sys.modules)]))
 """
 
 LIBRARY = "args data distributed checkpoint optim probe shuffle_jobs stool"
 
 
 def test_nothing_global_changes():
-    stages = ["lingua.product_key.memory", " ".join(f"lingua.{name}" for name in LIBRARY.split())]
-    command = [sys.executable, "-c", COMPARE, *stages]
+    layer, model = "lingua.product_key.memory", "apps.main.transformer"
+    of_torch = "torch.distributed.tensor torch.distributed.checkpoint"
+    library = " ".join(f"lingua.{name}" for name in LIBRARY.split())
+    command = [sys.executable, "-c", COMPARE, layer, model, of_torch, library]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
-    (changed, modules), (changed_later, _) = map(json.loads, lines)
-    assert changed == changed_later == []
-    # The layer needs nothing of a running job.
-    assert not {"lingua.args", "lingua.distributed", "lingua.watch"} & set(modules)
+    (changed, modules), (changed_by_model, modules_of_model), _, (changed_later, _) = map(json.loads, lines)
+    assert changed == changed_by_model == changed_later == []
+    # The layer, and a model, need nothing of a running job, nor torch's largest modules.
+    assert not {"lingua.args", "lingua.distributed", "lingua.launch", "lingua.watch"} & set(modules)
+    assert not {"lingua.distributed", "torch.distributed.tensor", "torch._dynamo", "sympy"} & set(modules_of_model)
 
 
 # Programs and modules that do not compute with tensors.
