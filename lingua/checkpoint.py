@@ -28,7 +28,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,6 +71,7 @@ from lingua.checkpoint_integrity import (
     write_json,
     writing,
 )
+from lingua.config import CheckpointArgs
 from lingua.data import redistribute_state
 from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, together
 from lingua.errors import UserError
@@ -92,29 +92,6 @@ PAUSES = (1, 3)
 
 _WHOLE = re.compile(r"\d{10}")
 _BEING_WRITTEN = re.compile(r"\.\d{10}\.(tmp|old)")
-
-
-@dataclass
-class SaveEvery:
-    """`every`: steps between checkpoints, 0 or less for never; `keep`: how many of them stay, 0 or less for all."""
-
-    every: int = 1000
-    keep: int = 0
-
-    def is_due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
-
-
-@dataclass
-class CheckpointArgs:
-    """Config section `checkpoint`. `path`: dump_dir/checkpoints where null. `save_async`: train on while writing."""
-
-    dump: SaveEvery = field(default_factory=SaveEvery)
-    eval: SaveEvery = field(default_factory=SaveEvery)
-    path: str | None = None
-    init_ckpt_path: str | None = None
-    continue_training_from_init: bool = False
-    save_async: bool = False
 
 
 class CheckpointManager:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lingua import slurm
 from lingua.args import first_line
+from lingua.config import DistributedArgs
 from lingua.errors import UserError
 from lingua.sharding import local_part as local_part
 
@@ -41,35 +42,6 @@ FEW_RANKS = 16
 CHECK_SECONDS = 5
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-
-
-@dataclass
-class DistributedArgs:
-    """How the model is laid out over ranks (config section `distributed`)."""
-
-    dp_shard: int = 1
-    dp_replicate: int = 1
-    tp_size: int = 1
-    memory_parallel_size: int = 1
-    # Where value tables and their moments lie: cpu, or null for where the model is.
-    values_device: str | None = None
-    selective_activation_checkpointing: bool = False
-    checkpoint_each_layer: bool = False
-    compile: bool = False
-    fsdp_type: str = "no_shard"
-    model_dtype: str = "bf16"
-    float8_recipe: str | None = None
-    float8_filter: str = r"layers\.[0-9]+\."
-    matmul_allow_tf32: bool = False
-    detect_anomaly: bool = False
-    compile_cache_size_limit: int = 8
-    # Seconds without an answer from another rank after which a run ends.
-    timeout: int = 600
-    # Steps between the checks for stop signals, errors in the data and bad steps, at each of which all ranks wait for
-    # each other; null: every step up to FEW_RANKS, and about every CHECK_SECONDS on more ranks.
-    check_every: int | None = None
-    # Read, so that published configs load: the data loader's worker is a program of its own, whatever this says.
-    spawn_method: str = "forkserver"
 
 
 @dataclass

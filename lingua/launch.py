@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lingua.args import looks_secret, refuse_secrets
+from lingua.args import looks_secret, parse_args, refuse_secrets
 from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,14 @@ def run_main(main: Callable[[], None]) -> None:
             _flush_stdout()
             print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
         _leave(1)
+
+
+def check_command_line(cls: type, argv: list[str] | None = None) -> None:
+    """Ends the process, as `run_main` does, where its arguments do not fit dataclass `cls`.
+
+    For a program's first lines: what is mistyped is reported before torch is imported, which takes seconds.
+    """
+    run_main(lambda: parse_args(cls, argv))
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

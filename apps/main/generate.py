@@ -24,9 +24,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from apps.main.config import GenerateArgs, GeneratorArgs, without_prompts
+from lingua.launch import check_command_line
+
+if __name__ == "__main__":
+    check_command_line(GenerateArgs, without_prompts(sys.argv[1:]))
 
 import torch
 from torch import nn
@@ -57,53 +62,6 @@ logger = logging.getLogger(__name__)
 
 # Logits that are held at once where all tokens of a batch need some: 256 MiB in fp32.
 LOGITS_AT_ONCE = 2**26
-
-
-@dataclass
-class GeneratorArgs:
-    """How to continue prompts, and how many of them at once.
-
-    `temperature` 0 takes the likeliest token. `top_k` leaves the k likeliest to choose from, `top_p` the likeliest that
-    together have this probability; given both, `top_p` is of what `top_k` has left. A text ends before a string of
-    `until`, at EOS, or after `max_gen_len` tokens. Of a prompt the last `max_prompt_len` tokens are read, or as many as
-    leave room for `max_gen_len` in the model's max_seqlen. `max_tokens`: how many a batch takes in the cache, those to
-    be generated included; a prompt that needs more is a batch by itself. `seed`: of samples.
-
-    `compile_prefilling` compiles the reading of prompts; `reduce_generation_overhead` makes each further token one CUDA
-    graph (on a CPU it does nothing). `show_progress`: a line every second instead of every 10. `values_device`: cpu
-    leaves value tables in the CPU's memory, where they do not fit the GPU's; null: they lie where the model does.
-    """
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    max_gen_len: int = 512
-    max_tokens: int = 1024
-    max_prompt_len: int | None = None
-    until: list[str] = field(default_factory=list)
-    compile_prefilling: bool = False
-    reduce_generation_overhead: bool = False
-    show_progress: bool = False
-    dtype: str = "bf16"
-    device: str = "cuda"
-    values_device: str | None = None
-    seed: int = 42
-
-
-@dataclass
-class GenerateArgs(GeneratorArgs):
-    """`ckpt`: a checkpoint folder, distributed or consolidated. Prompts: one, a list, or a file; else the terminal's.
-
-    `prompt_file`: a prompt a line, or with the ending .jsonl an object with "prompt" (or "text") a line. `out`: a file
-    for an object a prompt: "prompt", "text", "finish_reason" (stop, eos or length), "n_prompt_tokens", "n_tokens",
-    "log_likelihoods" of the generated tokens (as in `Continuation`).
-    """
-
-    ckpt: str = ""
-    prompt: str | None = None
-    prompts: list[str] = field(default_factory=list)
-    prompt_file: str | None = None
-    out: str | None = None
 
 
 def validate_generator_args(args: GeneratorArgs, prefix: str = "") -> None:
@@ -777,9 +735,8 @@ def _as_utf8(prompt: str) -> str:
 
 
 def main() -> None:
-    # A prompt is text as it is, and no YAML, in which "Question: what" would be a mapping.
     verbatim = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompt=")]
-    args = parse_args(GenerateArgs, [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")])
+    args = parse_args(GenerateArgs, without_prompts(sys.argv[1:]))
     args.prompt = verbatim[-1] if verbatim else args.prompt
     if find_world().size > 1:
         raise UserError("generate runs as one process; start it without torchrun")

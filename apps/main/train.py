@@ -21,9 +21,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from apps.main.config import TrainArgs
+from lingua.launch import check_command_line
+
+if __name__ == "__main__":
+    check_command_line(TrainArgs)
 
 import numpy as np
 import torch
@@ -42,7 +48,6 @@ from apps.main.fits import check_memory
 from apps.main.generate import explaining_memory
 from apps.main.transformer import (
     LMTransformer,
-    LMTransformerArgs,
     count_flops_per_token,
     count_parameters,
     validate_model_args,
@@ -52,7 +57,6 @@ from lingua import slurm
 from lingua.args import check_path, check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
 from lingua.checkpoint import (
     CONFIG_FILE,
-    CheckpointArgs,
     CheckpointManager,
     load_model,
     load_training,
@@ -62,7 +66,6 @@ from lingua.checkpoint import (
     refuse_parent,
 )
 from lingua.data import (
-    DataArgs,
     build_dataloader_from_args,
     check_state_fits,
     count_skipped,
@@ -73,7 +76,6 @@ from lingua.data import (
 )
 from lingua.distributed import (
     DTYPES,
-    DistributedArgs,
     World,
     data_rank,
     find_ranks,
@@ -90,17 +92,15 @@ from lingua.errors import UserError
 from lingua.flops import known_peak
 from lingua.guards import (
     Guard,
-    GuardArgs,
     check_weights,
     refuse_optimizer,
     seed_of_backward,
     validate_guard_args,
 )
-from lingua.launch import StopSignal, default_environment, run_main, set_environment, validate_environment
+from lingua.launch import StopSignal, run_main, set_environment, validate_environment
 from lingua.logger import LOCK_FILE, add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
 from lingua.metrics import (
-    LoggingArgs,
     MetricsLogger,
     Stopwatch,
     drop_metrics_after,
@@ -123,7 +123,7 @@ from lingua.optim import (
 )
 from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.probe import append_probe, drop_probes_after, probe
-from lingua.profiling import Profiler, ProfilingArgs, Workload, validate_profiling_args
+from lingua.profiling import Profiler, Workload, validate_profiling_args
 from lingua.stool import FOR_JOBS_WITHIN, SCRIPT_FILE, StoolArgs, launch_job, list_jobs
 from lingua.tokenizer import build_tokenizer
 from lingua.watch import WAITING_FOR_RANKS, Watch
@@ -144,32 +144,6 @@ INTERRUPT_SECONDS, SAVED_A_SECOND = 20, 2**29
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
-
-
-@dataclass
-class TrainArgs:
-    """`eval`: a section of EvalArgs, for evaluation at `checkpoint.eval.every` and at the end; folders and step follow
-    from the run. `async_eval_gpus`: in SLURM jobs of so many GPUs instead of on the training's own.
-    """
-
-    name: str = "lingua"
-    dump_dir: str = ""
-    seed: int = 42
-    grad_acc_steps: int = 1
-    gc_collect_freq: int = 1000
-    probe_freq: int | None = None
-    steps: int = 1000
-    data: DataArgs = field(default_factory=DataArgs)
-    optim: OptimArgs = field(default_factory=OptimArgs)
-    model: LMTransformerArgs = field(default_factory=LMTransformerArgs)
-    distributed: DistributedArgs = field(default_factory=DistributedArgs)
-    env: dict[str, str] = field(default_factory=default_environment)
-    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
-    profiling: ProfilingArgs = field(default_factory=ProfilingArgs)
-    logging: LoggingArgs = field(default_factory=LoggingArgs)
-    guard: GuardArgs = field(default_factory=GuardArgs)
-    async_eval_gpus: int | None = None
-    eval: Any | None = None
 
 
 # --- before anything is written ------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def test_nothing_global_changes():
 
 # Programs and modules that do not compute with tensors.
 WITHOUT_TORCH = (
-    *("apps.capacity.people", "apps.plots.growth", "apps.plots.run", "lingua.args", "lingua.data", "lingua.launch"),
-    *("lingua.shuffle_jobs", "lingua.stool", "lingua.tokenizer", "setup.download_prepare_hf_data"),
+    *("apps.capacity.people", "apps.main.config", "apps.plots.growth", "apps.plots.run", "lingua.data"),
+    *("lingua.launch", "lingua.shuffle_jobs", "lingua.stool", "lingua.tokenizer", "setup.download_prepare_hf_data"),
 )
 
 
@@ -72,3 +72,22 @@ def loaded_by(*modules: str) -> set[str]:
 
 def test_programs_that_do_without_torch():
     assert "torch" not in loaded_by(*WITHOUT_TORCH)
+
+
+# Runs the modules that it is given as programs, with a mistyped key.
+MISTYPED = """
+import runpy, sys
+programs, sys.argv[1:] = sys.argv[1:], ["dump_dri=x"]
+for program in programs:
+    try:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(program, end.code, "torch" in sys.modules)
+"""
+
+
+def test_mistyped_keys_are_reported_before_torch_is_imported():
+    programs = [f"apps.main.{name}" for name in ("train", "eval", "generate", "plan")]
+    result = subprocess.run([sys.executable, "-c", MISTYPED, *programs], capture_output=True, text=True, timeout=300)
+    assert result.stdout.splitlines() == [f"{program} 1 False" for program in programs]
+    assert result.stderr.count("error: dump_dri: unknown key") == len(programs) == len(result.stderr.splitlines())
