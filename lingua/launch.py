@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lingua.args import looks_secret, parse_args, refuse_secrets
+from lingua.args import first_line, looks_secret, parse_args, refuse_secrets
 from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,21 @@ def check_command_line(cls: type, argv: list[str] | None = None) -> None:
     For a program's first lines: what is mistyped is reported before torch is imported, which takes seconds.
     """
     run_main(lambda: parse_args(cls, argv))
+
+
+@contextlib.contextmanager
+def explaining_memory(message: str) -> Iterator[None]:
+    """Turns running out of memory, a GPU's or the CPU's, into a UserError of this message."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(message) from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"{message} ({first_line(error)})") from None
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

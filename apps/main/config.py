@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lingua.config import (
@@ -52,6 +53,10 @@ class TrainArgs:
     guard: GuardArgs = field(default_factory=GuardArgs)
     async_eval_gpus: int | None = None
     eval: Any | None = None
+
+
+def checkpoint_folder(args: TrainArgs) -> Path:
+    return Path(args.checkpoint.path or Path(args.dump_dir) / "checkpoints")
 
 
 @dataclass

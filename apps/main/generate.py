@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs, TiedOutput
-from lingua.args import first_line, from_dict, parse_args, to_dict
+from lingua.args import from_dict, parse_args, to_dict
 from lingua.checkpoint import (
     CONFIG_FILE,
     CONSOLIDATED_FOLDER,
@@ -51,7 +51,7 @@ from lingua.distributed import DTYPES, find_world, together
 from lingua.errors import UserError
 from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
-from lingua.launch import run_main
+from lingua.launch import explaining_memory, run_main
 from lingua.logger import init_logger
 from lingua.metrics import format_duration
 from lingua.product_key.memory import HashingMemory
@@ -554,19 +554,6 @@ class _GraphedStep:
         self.positions.copy_(torch.tensor(positions))
         self.graph.replay()
         return self.logits
-
-
-@contextlib.contextmanager
-def explaining_memory(message: str) -> Iterator[None]:
-    """Turns running out of memory, a GPU's or the CPU's, into a UserError of this message."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(message) from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(f"{message} ({first_line(error)})") from None
 
 
 class Progress:

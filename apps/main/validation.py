@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from apps.main.config import ValidationArgs
-from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
+from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length
 from apps.main.transformer import LMTransformer
 from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
 from lingua.errors import UserError
+from lingua.launch import explaining_memory
 from lingua.sources import (
     VALIDATION_FILES,
     Faults,

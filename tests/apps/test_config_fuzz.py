@@ -254,7 +254,7 @@ class LimitedTraining(Training):
         self._logs = str(logs / "process")
         for name in ("out", "err"):
             Path(f"{self._logs}.{name}").unlink(missing_ok=True)
-        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
+        PROCESSES.set_forkserver_preload(["apps.main.train", "apps.main.train_eval", "pytest", "torch._dynamo"])
         environment = clean_environment(TMPDIR=str(logs), WANDB_MODE="disabled", PATH="")
         self.process = PROCESSES.Process(
             target=run_limited, args=(argv, environment, self._logs, str(folder)), daemon=True

@@ -92,7 +92,7 @@ class _Pool:
     def __init__(self, n_ranks: int, patience: float):
         # Importing torch takes seconds, so processes are forked from a server that has done it. The list is the one of
         # tests/helpers/training.py: there is one server, started by whoever comes first.
-        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
+        PROCESSES.set_forkserver_preload(["apps.main.train", "apps.main.train_eval", "pytest", "torch._dynamo"])
         self.patience, self.n_calls = patience, 0
         self._store = dist.TCPStore("127.0.0.1", 0, n_ranks, is_master=True, wait_for_workers=False)
         self._ranks = [_Rank(rank, n_ranks, self._store.port, patience) for rank in range(n_ranks)]

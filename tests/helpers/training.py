@@ -196,7 +196,7 @@ class Training:
     def __init__(self, argv: list[object], logs: Path, module: str = TRAIN, **variables: str):
         Training._number += 1
         self._logs = f"{logs / 'process'}.{Training._number}"
-        PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
+        PROCESSES.set_forkserver_preload(["apps.main.train", "apps.main.train_eval", "pytest", "torch._dynamo"])
         arguments = [str(argument) for argument in argv]
         environment = clean_environment(**{"TMPDIR": str(logs), **variables})
         self.process = PROCESSES.Process(

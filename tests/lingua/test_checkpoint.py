@@ -236,7 +236,7 @@ def _save_until(path: str, last_event: int, report: str) -> None:
 
 def test_killed_at_every_change_of_a_file(tmp_path):
     report = tmp_path / "report"
-    PROCESSES.set_forkserver_preload(["apps.main.train", "pytest", "torch._dynamo"])
+    PROCESSES.set_forkserver_preload(["apps.main.train", "apps.main.train_eval", "pytest", "torch._dynamo"])
 
     def save_until(event):
         path = tmp_path / f"killed.{event}"

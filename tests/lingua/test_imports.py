@@ -91,3 +91,15 @@ def test_mistyped_keys_are_reported_before_torch_is_imported():
     result = subprocess.run([sys.executable, "-c", MISTYPED, *programs], capture_output=True, text=True, timeout=300)
     assert result.stdout.splitlines() == [f"{program} 1 False" for program in programs]
     assert result.stderr.count("error: dump_dri: unknown key") == len(programs) == len(result.stderr.splitlines())
+
+
+def test_training_imports_evaluation_and_jobs_where_they_are_asked_for():
+    loaded = loaded_by("apps.main.train")
+    assert not {"apps.main.eval", "apps.main.generate", "lingua.stool"} & loaded
+    assert not {name.partition(".")[0] for name in loaded} & {
+        "datasets",
+        "lm_eval",
+        "submitit",
+        "transformers",
+        "wandb",
+    }
