@@ -28,7 +28,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lingua import slurm
@@ -73,9 +71,11 @@ from lingua.checkpoint_integrity import (
     write_json,
     writing,
 )
+from lingua.config import CheckpointArgs
 from lingua.data import redistribute_state
-from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, local_part, together
+from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, together
 from lingua.errors import UserError
+from lingua.sharding import is_split, local_part, local_slices, split_like
 
 logger = logging.getLogger(__name__)
 
@@ -92,29 +92,6 @@ PAUSES = (1, 3)
 
 _WHOLE = re.compile(r"\d{10}")
 _BEING_WRITTEN = re.compile(r"\.\d{10}\.(tmp|old)")
-
-
-@dataclass
-class SaveEvery:
-    """`every`: steps between checkpoints, 0 or less for never; `keep`: how many of them stay, 0 or less for all."""
-
-    every: int = 1000
-    keep: int = 0
-
-    def is_due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
-
-
-@dataclass
-class CheckpointArgs:
-    """Config section `checkpoint`. `path`: dump_dir/checkpoints where null. `save_async`: train on while writing."""
-
-    dump: SaveEvery = field(default_factory=SaveEvery)
-    eval: SaveEvery = field(default_factory=SaveEvery)
-    path: str | None = None
-    init_ckpt_path: str | None = None
-    continue_training_from_init: bool = False
-    save_async: bool = False
 
 
 class CheckpointManager:
@@ -560,17 +537,8 @@ def _split_like(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
     for name, tensor in state.items():
         own = parameters.get(name)
         split[name] = tensor
-        if isinstance(own, DTensor) and own.shape == tensor.shape:
-            ((piece,), local) = own.__create_chunk_list__(), own.to_local()
-            part = tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))]
-            split[name] = DTensor.from_local(
-                part.to(local.device),
-                own.device_mesh,
-                own.placements,
-                run_check=False,
-                shape=own.shape,
-                stride=own.stride(),
-            )
+        if own is not None and is_split(own) and own.shape == tensor.shape:
+            split[name] = split_like(tensor[local_slices(own)].to(local_part(own).device), own)
     return split
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lingua.config import GuardArgs
 from lingua.distributed import World, gather_objects, local_part
 from lingua.errors import UserError
 
@@ -39,20 +40,6 @@ MIN_VALUES = 20
 # are so many standard deviations from the median where values are normal. At the least it is a share of the median.
 HIGH_SHARE, HIGH_SIGMAS = 0.9, 1.2816
 LEAST_DEVIATION = 0.01
-
-
-@dataclass
-class GuardArgs:
-    """Config section `guard`.
-
-    `max_bad_steps`: how many steps of the last `window` may be skipped, since loss or gradients were not finite, before
-    the run ends; null: any number. `spike_factor`: a loss or gradient norm so many of its usual deviations above the
-    median of the last `window` is reported; null: never.
-    """
-
-    max_bad_steps: int | None = 10
-    window: int = 100
-    spike_factor: float | None = 10.0
 
 
 def validate_guard_args(args: GuardArgs) -> None:

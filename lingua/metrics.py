@@ -12,7 +12,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,13 @@ import psutil
 import torch
 
 from lingua.args import looks_secret, refuse_secrets
+from lingua.config import LoggingArgs
 from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # What stays in memory while metrics.jsonl cannot be written.
 MAX_KEPT_LINES = 100_000
-
-
-@dataclass
-class LoggingArgs:
-    """`freq`: steps between log lines; `acc_freq`: batches between those within a step; `wandb`: for wandb.init;
-    `memory_use`: what the memories read, too (lingua/memory_use.py).
-    """
-
-    freq: int = 10
-    acc_freq: int | None = None
-    wandb: dict[str, Any] | None = None
-    memory_use: bool = True
 
 
 def validate_logging_args(args: LoggingArgs) -> None:

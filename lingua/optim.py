@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua import muon
+from lingua.config import OptimArgs
 from lingua.errors import UserError
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
@@ -29,39 +30,6 @@ from lingua.sparse_adamw import SparseAdamW
 
 VALUE_UPDATES = ("dense", "sparse")
 VALUE_ROUNDINGS = ("nearest", "stochastic")
-
-
-@dataclass
-class OptimArgs:
-    """Config section `optim`. `name`: one of OPTIMIZERS; `momentum`: Muon's. `value_update: sparse` touches only the
-    rows of value tables that a step has read, with `value_rounding: stochastic` rounding bf16 tables at random (both:
-    lingua/sparse_adamw.py).
-
-    `value_beta1`, `value_weight_decay`: of the value tables, where they differ from the other parameters'. A row is
-    read in few steps. With `beta1` it keeps moving along the gradient of its last read for about 1 / (1 - beta1)
-    steps, so 0 often learns more (apps/capacity/LOG.md).
-    """
-
-    name: str = "adamw"
-    lr: float = 3e-4
-    weight_decay: float = 0.1
-    epsilon: float = 1e-8
-    beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.95
-    clip: float = 1.0
-    scheduler: str = "cosine"
-    warmup: int = 2000
-    lr_min_ratio: float = 0.1
-    cycle_length: float = 1.0
-    cosine_theta: float = 1.0
-    annealing_step: int = 1000
-    decay_fraction: float = 0.1
-    exp_factor: float = 0.5
-    value_update: str = "dense"
-    value_rounding: str = "nearest"
-    value_beta1: float | None = None
-    value_weight_decay: float | None = None
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ from torch import nn
 from lingua.distributed import local_part
 from lingua.errors import UserError
 from lingua.metrics import drop_metrics_after
-from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
+from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.transformer import BaseTransformer, Mask, TransformerBlock, apply_rotary
 
 logger = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ import orjson
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lingua.config import ProfilingArgs
 from lingua.errors import UserError
 from lingua.flops import known_peak, measured_peak, synchronize
 from lingua.watch import silent_stderr
@@ -46,20 +47,6 @@ TABLE_ROWS = 40
 
 # Allocations that a memory snapshot keeps, the last ones.
 MAX_ALLOCATIONS = 1_000_000
-
-
-@dataclass
-class ProfilingArgs:
-    """The memory of `mem_steps` steps is recorded behind `mem_warmup` ones, `profile_steps` are traced behind
-    `profile_warmup` (0 steps: not at all). `trace_folder` is one of dump_dir, unless it begins with a slash.
-    """
-
-    run: bool = False
-    trace_folder: str = "profiling"
-    mem_warmup: int = 100
-    mem_steps: int = 2
-    profile_warmup: int = 102
-    profile_steps: int = 2
 
 
 def validate_profiling_args(args: ProfilingArgs, steps: int) -> None:

@@ -54,8 +54,8 @@ from lingua.args import (
     to_yaml,
     write_whole,
 )
-from lingua.distributed import run_main, validate_environment
 from lingua.errors import UserError
+from lingua.launch import run_main, validate_environment
 from lingua.slurm import PATIENCE, WARNING_SECONDS, ask_slurm, partition_minutes, scratch_variables, why_waiting
 
 CONFIG_FILE, SCRIPT_FILE, CODE_FOLDER = "base_config.yaml", "submit.slurm", "code"

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from lingua.config import BaseTransformerArgs
 from lingua.errors import UserError
 from lingua.initialize import truncated_normal
-from lingua.product_key.memory import HashingMemory, ProductKeyArgs, check_sizes, memory_kwargs, memory_layers
+from lingua.product_key.memory import HashingMemory, check_sizes, memory_kwargs, memory_layers
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
 INIT_STD_FACTORS = ("disabled", "global_depth", "current_depth", "dim_ratio")
@@ -33,23 +33,6 @@ class AttentionState(ABC):
     @abstractmethod
     def attend(self, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> torch.Tensor:
         """(B, T, H, D), from the queries, keys and values of the tokens at hand."""
-
-
-@dataclass
-class BaseTransformerArgs:
-    dim: int = 512
-    n_layers: int = 8
-    head_dim: int | None = None
-    n_heads: int | None = None
-    n_kv_heads: int | None = None
-    ffn_dim_multiplier: float | None = None
-    multiple_of: int = 256
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    init_base_std: float | None = None
-    init_std_factor: str = "disabled"
-    max_seqlen: int = 1024
-    productkey_args: ProductKeyArgs = field(default_factory=ProductKeyArgs)
 
 
 def head_sizes(args: BaseTransformerArgs) -> tuple[int, int, int]:

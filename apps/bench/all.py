@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from lingua.args import parse_args
-from lingua.distributed import run_main
 from lingua.errors import UserError
+from lingua.launch import run_main
 
 DEBUG = "config=apps/main/configs/debug.yaml"
 # A model of the paper's size, without what only several GPUs or a tokenizer's file allow.

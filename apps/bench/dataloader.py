@@ -20,7 +20,7 @@ import sentencepiece
 from apps.bench.report import report
 from lingua.args import parse_args
 from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
-from lingua.distributed import run_main
+from lingua.launch import run_main
 from lingua.sources import TRAIN_FILES, find_files, read_documents
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 

@@ -35,8 +35,9 @@ from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer, count_parameters
 from lingua.args import parse_args, to_dict
 from lingua.checkpoint import CONFIG_FILE, CONSOLIDATED_FILE
-from lingua.distributed import DTYPES, run_main
+from lingua.distributed import DTYPES
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.tokenizer import build_tokenizer
 
 

@@ -37,8 +37,9 @@ from apps.plots.growth import check_picture, draw_growth
 from apps.plots.style import save
 from lingua.args import check_writable, parse_args
 from lingua.data import DataArgs
-from lingua.distributed import DTYPES, DistributedArgs, World, run_main
+from lingua.distributed import DTYPES, DistributedArgs, World
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.optim import VALUE_UPDATES, OptimArgs
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 

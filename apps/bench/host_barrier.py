@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.distributed import reduce_sum, run_main, together
+from lingua.distributed import reduce_sum, together
 from lingua.errors import UserError
+from lingua.launch import run_main
 
 # What a check of a step without news sends: errors, signals, seconds; a bad step, the loss.
 NUMBERS = [0.0, 0.0, 1.0, 0.0, 2.5]

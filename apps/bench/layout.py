@@ -31,9 +31,9 @@ from lingua.distributed import (
     local_part,
     mesh_sizes,
     process_group,
-    run_main,
     validate_distributed_args,
 )
+from lingua.launch import run_main
 from lingua.optim import build_optimizer, row_gradients
 from lingua.parallelize import local_bytes, parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.distributed import DTYPES, run_main
+from lingua.distributed import DTYPES
 from lingua.errors import UserError
 from lingua.initialize import uniform
+from lingua.launch import run_main
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag

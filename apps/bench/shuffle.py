@@ -26,8 +26,8 @@ import psutil
 
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.distributed import run_main
 from lingua.errors import UserError
+from lingua.launch import run_main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "setup" / "download_prepare_hf_data.py"
 

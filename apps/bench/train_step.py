@@ -24,8 +24,9 @@ from apps.bench.report import report
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_flops_per_token, count_parameters
 from lingua.args import parse_args
-from lingua.distributed import DTYPES, World, find_world, process_group, run_main, validate_distributed_args
+from lingua.distributed import DTYPES, World, find_world, process_group, validate_distributed_args
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.optim import build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer

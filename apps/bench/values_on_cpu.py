@@ -23,10 +23,11 @@ import torch
 from apps.bench.memory_layer import CHECKED, relative_error
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.distributed import DTYPES, run_main
+from lingua.distributed import DTYPES
 from lingua.errors import UserError
-from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
+from lingua.launch import run_main
 from lingua.product_key.fetched_lookup import fetch_rows
+from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.sparse_adamw import SparseAdamW
 
 LR, WEIGHT_DECAY, EPSILON = 1e-3, 0.1, 1e-8

@@ -34,8 +34,8 @@ from apps.main.generate import (
 )
 from apps.main.transformer import LMTransformer, LMTransformerArgs, count_flops_per_token, count_parameters
 from lingua.args import from_dict, parse_args, write_whole
-from lingua.distributed import run_main
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.logger import init_logger
 from lingua.tokenizer import Tokenizer
 

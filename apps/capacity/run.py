@@ -41,8 +41,9 @@ from apps.main.eval import EvalArgs, validate_eval_args
 from apps.main.train import TrainArgs, validate_train_args
 from apps.main.transformer import LMTransformer, count_flops_per_token
 from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, to_yaml, write_whole
-from lingua.distributed import World, run_main
+from lingua.distributed import World
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.logger import init_logger
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import hidden_size

@@ -27,15 +27,20 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from apps.main.config import EvalArgs
+from lingua.launch import check_command_line
+
+if __name__ == "__main__":
+    check_command_line(EvalArgs)
 
 import numpy as np
 import torch
 
 from apps.main.generate import (
-    GeneratorArgs,
     PackedCausalTransformerGenerator,
     load_consolidated_model_and_tokenizer,
     pick_device,
@@ -45,7 +50,6 @@ from apps.main.transformer import count_parameters
 from apps.main.validation import (
     SETTINGS,
     EvaluationStopped,
-    ValidationArgs,
     run_validation,
     validate_validation_args,
     validation_files,
@@ -53,8 +57,9 @@ from apps.main.validation import (
 from lingua import slurm
 from lingua.args import check_writable, from_dict, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
-from lingua.distributed import StopSignal, find_world, from_first_rank, process_group, run_main, together
+from lingua.distributed import find_world, from_first_rank, process_group, together
 from lingua.errors import UserError
+from lingua.launch import StopSignal, run_main
 from lingua.logger import init_logger
 from lingua.metrics import MetricsLogger, start_wandb, validate_wandb_args
 from lingua.sources import VALIDATION_FILES
@@ -69,25 +74,6 @@ VALIDATION_FILE = "validation.json"
 SLOT_READS_FILE = "slot_reads.parquet"
 FILES = {"results": RESULTS_FILE, "validation": VALIDATION_FILE, "slot_reads": SLOT_READS_FILE}
 CONFIG_FILE = "config.yaml"
-
-
-@dataclass
-class EvalArgs:
-    """`ckpt_dir`: a checkpoint folder, or `latest` or `all` of the run whose dump_dir is `dump_dir`.
-
-    `harness`: arguments of lm_eval.simple_evaluate, and `include_path`, a folder of tasks. `wandb`: of wandb.init.
-    `global_step`: what the metrics say; the checkpoint folder's number where null.
-    """
-
-    name: str = "evals"
-    dump_dir: str | None = None
-    metric_log_dir: str | None = None
-    ckpt_dir: str = ""
-    generator: GeneratorArgs = field(default_factory=GeneratorArgs)
-    harness: Any | None = None
-    validation: ValidationArgs | None = field(default_factory=ValidationArgs)
-    wandb: Any | None = None
-    global_step: int | None = None
 
 
 def validate_eval_args(args: EvalArgs, prefix: str = "") -> None:

@@ -24,15 +24,20 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from apps.main.config import GenerateArgs, GeneratorArgs, without_prompts
+from lingua.launch import check_command_line
+
+if __name__ == "__main__":
+    check_command_line(GenerateArgs, without_prompts(sys.argv[1:]))
 
 import torch
 from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs, TiedOutput
-from lingua.args import first_line, from_dict, parse_args, to_dict
+from lingua.args import from_dict, parse_args, to_dict
 from lingua.checkpoint import (
     CONFIG_FILE,
     CONSOLIDATED_FOLDER,
@@ -42,67 +47,21 @@ from lingua.checkpoint import (
     refuse_damaged,
 )
 from lingua.data import DataArgs
-from lingua.distributed import DTYPES, find_world, run_main, together
+from lingua.distributed import DTYPES, find_world, together
 from lingua.errors import UserError
 from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
+from lingua.launch import explaining_memory, run_main
 from lingua.logger import init_logger
 from lingua.metrics import format_duration
-from lingua.product_key.colwise_embeddingbag import xFormerEmbeddingBag
 from lingua.product_key.memory import HashingMemory
+from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 # Logits that are held at once where all tokens of a batch need some: 256 MiB in fp32.
 LOGITS_AT_ONCE = 2**26
-
-
-@dataclass
-class GeneratorArgs:
-    """How to continue prompts, and how many of them at once.
-
-    `temperature` 0 takes the likeliest token. `top_k` leaves the k likeliest to choose from, `top_p` the likeliest that
-    together have this probability; given both, `top_p` is of what `top_k` has left. A text ends before a string of
-    `until`, at EOS, or after `max_gen_len` tokens. Of a prompt the last `max_prompt_len` tokens are read, or as many as
-    leave room for `max_gen_len` in the model's max_seqlen. `max_tokens`: how many a batch takes in the cache, those to
-    be generated included; a prompt that needs more is a batch by itself. `seed`: of samples.
-
-    `compile_prefilling` compiles the reading of prompts; `reduce_generation_overhead` makes each further token one CUDA
-    graph (on a CPU it does nothing). `show_progress`: a line every second instead of every 10. `values_device`: cpu
-    leaves value tables in the CPU's memory, where they do not fit the GPU's; null: they lie where the model does.
-    """
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    max_gen_len: int = 512
-    max_tokens: int = 1024
-    max_prompt_len: int | None = None
-    until: list[str] = field(default_factory=list)
-    compile_prefilling: bool = False
-    reduce_generation_overhead: bool = False
-    show_progress: bool = False
-    dtype: str = "bf16"
-    device: str = "cuda"
-    values_device: str | None = None
-    seed: int = 42
-
-
-@dataclass
-class GenerateArgs(GeneratorArgs):
-    """`ckpt`: a checkpoint folder, distributed or consolidated. Prompts: one, a list, or a file; else the terminal's.
-
-    `prompt_file`: a prompt a line, or with the ending .jsonl an object with "prompt" (or "text") a line. `out`: a file
-    for an object a prompt: "prompt", "text", "finish_reason" (stop, eos or length), "n_prompt_tokens", "n_tokens",
-    "log_likelihoods" of the generated tokens (as in `Continuation`).
-    """
-
-    ckpt: str = ""
-    prompt: str | None = None
-    prompts: list[str] = field(default_factory=list)
-    prompt_file: str | None = None
-    out: str | None = None
 
 
 def validate_generator_args(args: GeneratorArgs, prefix: str = "") -> None:
@@ -597,19 +556,6 @@ class _GraphedStep:
         return self.logits
 
 
-@contextlib.contextmanager
-def explaining_memory(message: str) -> Iterator[None]:
-    """Turns running out of memory, a GPU's or the CPU's, into a UserError of this message."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(message) from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(f"{message} ({first_line(error)})") from None
-
-
 class Progress:
     """Log lines while something of `total` parts is done: how many, and how long the rest takes."""
 
@@ -776,9 +722,8 @@ def _as_utf8(prompt: str) -> str:
 
 
 def main() -> None:
-    # A prompt is text as it is, and no YAML, in which "Question: what" would be a mapping.
     verbatim = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompt=")]
-    args = parse_args(GenerateArgs, [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")])
+    args = parse_args(GenerateArgs, without_prompts(sys.argv[1:]))
     args.prompt = verbatim[-1] if verbatim else args.prompt
     if find_world().size > 1:
         raise UserError("generate runs as one process; start it without torchrun")

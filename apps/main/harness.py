@@ -35,7 +35,6 @@ from apps.main.generate import (
     batches_by_length,
     batches_for_generation,
     cut_prompts,
-    explaining_memory,
     sampling_seed,
     validate_generator_args,
 )
@@ -43,6 +42,7 @@ from apps.main.validation import EvaluationStopped
 from lingua.args import first_line
 from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
 from lingua.errors import UserError
+from lingua.launch import explaining_memory
 
 logger = logging.getLogger(__name__)
 

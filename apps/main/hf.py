@@ -36,8 +36,9 @@ from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, to_yaml
 from lingua.checkpoint import read_json, write_consolidated
 from lingua.data import DataArgs
-from lingua.distributed import DTYPES, run_main
+from lingua.distributed import DTYPES
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.logger import init_logger
 from lingua.product_key.memory import ProductKeyArgs, memory_kwargs, memory_layers
 from lingua.tokenizer import (

@@ -12,18 +12,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from apps.main.config import PlanArgs
+from lingua.launch import check_command_line
+
+if __name__ == "__main__":
+    check_command_line(PlanArgs)
 
 import torch
 
 from apps.bench.report import table
 from apps.main.footprint import Footprint, ModelParts, footprint
-from apps.main.train import TrainArgs, build_model, validate_model_and_layout
+from apps.main.train import build_model, validate_model_and_layout
 from lingua.args import parse_args
-from lingua.distributed import DistributedArgs, World, mesh_sizes, run_main, validate_distributed_args
+from lingua.distributed import DistributedArgs, World, mesh_sizes, validate_distributed_args
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.optim import validate_optim_args
 from lingua.tokenizer import build_tokenizer
 
@@ -42,15 +48,6 @@ NODE, SLOWER = 8, 9
 CHECKPOINTING = ("", "selective_activation_checkpointing", "checkpoint_each_layer")
 
 GIB, GB = 2**30, 1e9
-
-
-@dataclass
-class PlanArgs(TrainArgs):
-    """A training config; `gpu_memory` in GiB, `out`: a JSON file for the figures."""
-
-    world_size: int = 1
-    gpu_memory: float = 80
-    out: str | None = None
 
 
 def validate_plan_args(args: PlanArgs) -> tuple[World, list[str]]:

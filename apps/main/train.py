@@ -21,38 +21,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from apps.main.config import TrainArgs, checkpoint_folder
+from lingua.launch import check_command_line
+
+if __name__ == "__main__":
+    check_command_line(TrainArgs)
 
 import numpy as np
 import torch
 from torch import nn
 
-from apps.main.eval import (
-    EvalArgs,
-    evaluate_checkpoint,
-    flat_metrics,
-    free_memory,
-    is_done,
-    validate_eval_args,
-    with_folder_for_settings,
-)
 from apps.main.fits import check_memory
-from apps.main.generate import explaining_memory
 from apps.main.transformer import (
     LMTransformer,
-    LMTransformerArgs,
     count_flops_per_token,
     count_parameters,
     validate_model_args,
 )
-from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
 from lingua.args import check_path, check_writable, from_dict, looks_secret, parse_args, to_dict, to_yaml, write_whole
 from lingua.checkpoint import (
     CONFIG_FILE,
-    CheckpointArgs,
     CheckpointManager,
     load_model,
     load_training,
@@ -62,7 +55,6 @@ from lingua.checkpoint import (
     refuse_parent,
 )
 from lingua.data import (
-    DataArgs,
     build_dataloader_from_args,
     check_state_fits,
     count_skipped,
@@ -73,38 +65,31 @@ from lingua.data import (
 )
 from lingua.distributed import (
     DTYPES,
-    DistributedArgs,
-    StopSignal,
     World,
     data_rank,
-    default_environment,
     find_ranks,
     find_world,
     from_first_rank,
     gather_objects,
     process_group,
     reduce_sum,
-    run_main,
-    set_environment,
     steps_to_next_check,
     together,
     validate_distributed_args,
-    validate_environment,
 )
 from lingua.errors import UserError
 from lingua.flops import known_peak
 from lingua.guards import (
     Guard,
-    GuardArgs,
     check_weights,
     refuse_optimizer,
     seed_of_backward,
     validate_guard_args,
 )
+from lingua.launch import StopSignal, explaining_memory, run_main, set_environment, validate_environment
 from lingua.logger import LOCK_FILE, add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
 from lingua.metrics import (
-    LoggingArgs,
     MetricsLogger,
     Stopwatch,
     drop_metrics_after,
@@ -127,8 +112,7 @@ from lingua.optim import (
 )
 from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_by_rows, validate_parallelism
 from lingua.probe import append_probe, drop_probes_after, probe
-from lingua.profiling import Profiler, ProfilingArgs, Workload, validate_profiling_args
-from lingua.stool import FOR_JOBS_WITHIN, SCRIPT_FILE, StoolArgs, launch_job, list_jobs
+from lingua.profiling import Profiler, Workload, validate_profiling_args
 from lingua.tokenizer import build_tokenizer
 from lingua.watch import WAITING_FOR_RANKS, Watch
 
@@ -148,32 +132,6 @@ INTERRUPT_SECONDS, SAVED_A_SECOND = 20, 2**29
 
 # Bytes that dump_dir must have free beside what checkpoints take; logs grow slowly.
 ROOM_FOR_LOGS = 2**16
-
-
-@dataclass
-class TrainArgs:
-    """`eval`: a section of EvalArgs, for evaluation at `checkpoint.eval.every` and at the end; folders and step follow
-    from the run. `async_eval_gpus`: in SLURM jobs of so many GPUs instead of on the training's own.
-    """
-
-    name: str = "lingua"
-    dump_dir: str = ""
-    seed: int = 42
-    grad_acc_steps: int = 1
-    gc_collect_freq: int = 1000
-    probe_freq: int | None = None
-    steps: int = 1000
-    data: DataArgs = field(default_factory=DataArgs)
-    optim: OptimArgs = field(default_factory=OptimArgs)
-    model: LMTransformerArgs = field(default_factory=LMTransformerArgs)
-    distributed: DistributedArgs = field(default_factory=DistributedArgs)
-    env: dict[str, str] = field(default_factory=default_environment)
-    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
-    profiling: ProfilingArgs = field(default_factory=ProfilingArgs)
-    logging: LoggingArgs = field(default_factory=LoggingArgs)
-    guard: GuardArgs = field(default_factory=GuardArgs)
-    async_eval_gpus: int | None = None
-    eval: Any | None = None
 
 
 # --- before anything is written ------------------------------------------------------------------------------------
@@ -225,7 +183,10 @@ def validate_train_args(args: TrainArgs, world: World) -> None:
             refuse_parent(Path(args.checkpoint.init_ckpt_path))
         except ValueError as error:
             raise UserError(f"checkpoint.init_ckpt_path: {error}") from None
-    validate_evaluation(args)
+    if args.eval is not None or args.async_eval_gpus is not None:
+        from apps.main.train_eval import validate_evaluation
+
+        validate_evaluation(args)
 
 
 def validate_model_and_layout(args: TrainArgs, world: World) -> None:
@@ -253,30 +214,6 @@ def validate_value_update(args: TrainArgs, world: World) -> None:
             f"optim.value_rounding: stochastic goes not with distributed.model_dtype={args.distributed.model_dtype}, "
             "with which value tables are in fp32; set model_dtype=bf16, or nearest"
         )
-
-
-def validate_evaluation(args: TrainArgs) -> None:
-    """Raises UserError, one line that names the key, for evaluation that would fail hours later."""
-    if args.async_eval_gpus is not None:
-        if args.async_eval_gpus < 1:
-            raise UserError(f"async_eval_gpus: {args.async_eval_gpus} is too small, it must be 1 or more, or null")
-        if args.eval is None:
-            raise UserError("async_eval_gpus: set, but there is no section eval that says what to evaluate")
-        if shutil.which("sbatch") is None:
-            raise UserError("async_eval_gpus: set, but there is no sbatch on this machine; set it to null")
-    if args.eval is None:
-        return
-    wanted = evaluation_args(args, step=0)
-    validate_eval_args(wanted, "eval.")
-    has_files = wanted.validation is not None and validation_files(wanted.validation, to_dict(args.data))
-    if not has_files and wanted.harness is None:
-        raise UserError(
-            "eval.validation.sources: nothing to validate on: no source has *.val.jsonl; name one, and its root_dir"
-        )
-
-
-def checkpoint_folder(args: TrainArgs) -> Path:
-    return Path(args.checkpoint.path or Path(args.dump_dir) / "checkpoints")
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
@@ -334,136 +271,27 @@ def log_start(args: TrainArgs, world: World, model: LMTransformer) -> None:
 # --- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def evaluation_args(args: TrainArgs, step: int) -> EvalArgs:
-    """What section `eval` asks for, of the checkpoint of `step`, into the run's folders: where evals/<step> holds
-    results of other settings, into one beside it.
-
-    Where it does not say otherwise it computes as training does, and generates within training's length. Raises
-    UserError for what is no section of EvalArgs.
-    """
-    if not isinstance(args.eval, dict):
-        raise UserError(f"eval: '{args.eval}' where a section of keys and values is wanted")
-    of_the_run = ("ckpt_dir", "dump_dir", "metric_log_dir", "global_step")
-    for name in of_the_run:
-        if args.eval.get(name):
-            raise UserError(f"eval.{name}: follows from the run; leave it out")
-    try:
-        wanted = from_dict(EvalArgs, {k: v for k, v in args.eval.items() if k not in of_the_run}, "section eval")
-    except ValueError as error:
-        raise UserError(f"eval.{error}") from None
-    given = args.eval.get("generator") or {}
-    if "dtype" not in given:
-        wanted.generator.dtype = args.distributed.model_dtype
-    if "values_device" not in given:
-        wanted.generator.values_device = args.distributed.values_device
-    if "max_gen_len" not in given:
-        wanted.generator.max_gen_len = max(min(wanted.generator.max_gen_len, args.data.seq_len // 2), 1)
-    wanted.ckpt_dir = str(checkpoint_folder(args) / f"{step:010d}")
-    wanted.dump_dir = str(Path(args.dump_dir) / "evals" / f"{step:010d}")
-    wanted.metric_log_dir = args.dump_dir
-    wanted.global_step = step
-    return with_folder_for_settings(wanted)
-
-
-def evaluate(run: Run, stop_signal: StopSignal) -> None:
-    """Evaluates the checkpoint of the step that was just done. All ranks call it together.
-
-    What goes wrong there is told and does not end the training. A stop signal ends the evaluation, which is then made
-    up for when the run goes on.
-    """
-    args, step = run.args, run.step
-    run.watch.at("evaluating", step, has_limit=False)
-    run.finish_saving()
-    if run.checkpoints.saved != step:
-        if run.world.rank == 0:
-            logger.warning("step %s is not evaluated: it has no checkpoint", step)
-        return
-    try:
-        with together():
-            # Its folder as the first rank sees the disk: others may see it later.
-            wanted = evaluation_args(args, step) if run.world.rank == 0 else None
-            if wanted is not None and args.async_eval_gpus is not None:
-                submit_evaluation(wanted, args.async_eval_gpus)
-        if args.async_eval_gpus is not None:
-            return
-        wanted = from_first_rank(wanted)
-        logger.info("evaluating step %s", step)
-        found = evaluate_checkpoint(wanted, should_stop=lambda: stop_signal.name is not None)
-        if run.metrics is not None:
-            run.metrics.log_to_wandb(flat_metrics(found), step)
-    except EvaluationStopped:
-        run.evaluation_stopped = True
-        logger.info("evaluation of step %s ended by %s", step, stop_signal.name or "a signal")
-    except (ValueError, OSError) as error:
-        is_bug = not isinstance(error, (UserError, OSError))
-        logger.error("step %s could not be evaluated: %s", step, " ".join(str(error).split()), exc_info=is_bug)
-    except SystemExit:  # another rank has said what is wrong
-        pass
-    finally:
-        free_memory()  # what an error kept alive, too
-        run.stopwatch.restart_lap()
-
-
-def lacks_evaluation(run: Run) -> bool:
-    """Whether section `eval` asks for the results of a checkpoint that are not there, nor a job for them. The same on
-    all ranks.
+def evaluate(run: Run, stop_signal: StopSignal, missing_only: bool = False) -> bool:
+    """Evaluates the checkpoint of the step that was just done, where section `eval` asks for it; with `missing_only`
+    only where its results are not there. Returns whether it did. All ranks call it together.
     """
     if run.args.eval is None:
         return False
-    lacks = False
-    with together():
-        if run.world.rank == 0:
-            wanted = evaluation_args(run.args, run.step)
-            submitted = run.args.async_eval_gpus is not None and Path(wanted.dump_dir, SCRIPT_FILE).exists()
-            lacks = Path(wanted.ckpt_dir).is_dir() and not is_done(wanted) and not submitted
-    return from_first_rank(lacks)
+    from apps.main import train_eval
+
+    if missing_only and not train_eval.lacks_evaluation(run):
+        return False
+    train_eval.evaluate(run, stop_signal)
+    return True
 
 
 def find_awaited(args: TrainArgs, steps: list[int]) -> set[int]:
-    """Of `steps`, those whose checkpoint a submitted evaluation has still to read: no results, and its job in the queue
-    or running. Where SLURM does not answer, all those without results.
-    """
-    evals = Path(args.dump_dir) / "evals"
-    submitted = {file.parent: step for step in steps for file in evals.glob(f"{step:010d}*/{SCRIPT_FILE}")}
-    try:
-        if args.eval is not None:
-            wanted = [evaluation_args(args, step) for step in set(submitted.values())]
-            done = {Path(each.dump_dir) for each in wanted if is_done(each)}
-            submitted = {folder: step for folder, step in submitted.items() if folder not in done}
-        if not submitted:
-            return set()
-        # An evaluation that has failed or was cancelled keeps nothing: SLURM lists it no longer.
-        jobs = list_jobs(submitted, patience=slurm.ANSWER_SECONDS)
-    except (OSError, ValueError) as error:
-        logger.warning("%s; checkpoints stay that evaluations may wait for: %s", error, [*submitted.values()])
-        return set(submitted.values())
-    return {step for folder, step in submitted.items() if jobs[folder]}
+    """Of `steps`, those whose checkpoint a submitted evaluation has still to read."""
+    if not (Path(args.dump_dir) / "evals").is_dir():
+        return set()
+    from apps.main import train_eval
 
-
-def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
-    """A job of its own through stool, on whole nodes of 8 GPUs where it is more than one node; where this run is a job,
-    in the same partition, on the same account, and with the memory and on the kind of nodes that stool was told.
-    """
-    n_nodes = -(-n_gpus // 8)
-    of_this_job = {
-        "partition": os.environ.get("SLURM_JOB_PARTITION"),
-        "account": os.environ.get("SLURM_JOB_ACCOUNT"),
-        "qos": os.environ.get("SLURM_JOB_QOS"),
-        "ncpu": int(os.environ.get("SLURM_CPUS_PER_TASK", 0)),
-        **{name: os.environ.get(f"STOOL_{name.upper()}") for name in FOR_JOBS_WITHIN},
-    }
-    job = launch_job(
-        StoolArgs(
-            config=wanted,
-            script="apps.main.eval",
-            copy_code=False,
-            dirs_exists_ok=True,
-            nodes=n_nodes,
-            ngpu=-(-n_gpus // n_nodes),
-            **{name: value for name, value in of_this_job.items() if value},
-        )
-    )
-    logger.info("the evaluation of step %s is job %s", wanted.global_step, job)
+    return train_eval.find_awaited(args, steps)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -853,9 +681,7 @@ def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tupl
             elif resume_from is not None and world.rank == 0:
                 warn_of_jump(args, resume_from, run.step)
         if run.step >= args.steps:
-            if lacks_evaluation(run):
-                evaluate(run, stop_signal)
-            else:
+            if not evaluate(run, stop_signal, missing_only=True):
                 logger.info("nothing to do; raise steps to train on, or name another dump_dir for another run")
         else:
             train_from(run, resume_from, stop_signal, stack)
@@ -927,8 +753,8 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
     the gradients carry that to all ranks (lingua/guards.py).
     """
     steps = run.args.steps
-    if run.step > 0 and run.checkpoints.args.eval.is_due(run.step) and lacks_evaluation(run):
-        evaluate(run, stop_signal)  # which the run was stopped before or in
+    if run.step > 0 and run.checkpoints.args.eval.is_due(run.step):
+        evaluate(run, stop_signal, missing_only=True)  # which the run was stopped before or in
     run.stopwatch.restart_lap()
     every = run.args.distributed.check_every or 1  # steps from the next check to the one after it
     checked, interval, next_check, end = time.monotonic(), 0, run.step, steps
@@ -966,7 +792,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
             run.probe(batches)
         if run.checkpoints.is_due(run.step) or run.step == steps:
             run.save(needed=run.step == steps)
-        if run.args.eval is not None and (run.checkpoints.args.eval.is_due(run.step) or run.step == steps):
+        if run.checkpoints.args.eval.is_due(run.step) or run.step == steps:
             evaluate(run, stop_signal)
         if run.step % run.args.gc_collect_freq == 0:
             gc.collect()

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from apps.main.config import LMTransformerArgs
 from lingua.errors import UserError
 from lingua.initialize import truncated_normal
 from lingua.loss import linear_cross_entropy
 from lingua.product_key.memory import count_lookup_flops
 from lingua.transformer import (
     BaseTransformer,
-    BaseTransformerArgs,
     Mask,
     RMSNorm,
     create_causal_mask,
     cross_entropy,
     validate_transformer_args,
 )
-
-
-@dataclass
-class LMTransformerArgs(BaseTransformerArgs):
-    """Config section `model`. `vocab_size` comes from the tokenizer where it is -1, `max_seqlen` from the data."""
-
-    seed: int = 42
-    vocab_size: int = -1
-    weight_tying: bool = False
-    sliding_window: int | None = None
 
 
 def validate_model_args(args: LMTransformerArgs) -> None:

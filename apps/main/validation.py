@@ -9,7 +9,6 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,10 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length, explaining_memory
+from apps.main.config import ValidationArgs
+from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length
 from apps.main.transformer import LMTransformer
 from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
 from lingua.errors import UserError
+from lingua.launch import explaining_memory
 from lingua.sources import (
     VALIDATION_FILES,
     Faults,
@@ -55,21 +56,6 @@ def check_stop(should_stop: Callable[[], bool] | None) -> None:
     """All ranks call it together."""
     if any_rank(should_stop is not None and should_stop())[0]:
         raise EvaluationStopped
-
-
-@dataclass
-class ValidationArgs:
-    """`max_steps`: batches of the training's size for each source, null for all of it. They are filled with documents
-    spread evenly over the source's files, always the same; the document that reaches the number is the last. Sources:
-    folders with *.val.jsonl under `root_dir`. `slot_reads`: number of tokens of each source, the first ones, for
-    which the slots that they read are written to a file (apps/main/slot_reads.py).
-    """
-
-    max_steps: int | None = None
-    use_val_from_train_src: bool = True
-    root_dir: str = ""
-    sources: list[str] = field(default_factory=list)
-    slot_reads: int | None = None
 
 
 def validate_validation_args(args: ValidationArgs, prefix: str = "") -> None:

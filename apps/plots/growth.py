@@ -18,8 +18,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from apps.plots.style import COLOURS, FORMATS, GREY, STYLE, label_ends, save, short, use_log_ticks
 from lingua.args import parse_args
-from lingua.distributed import run_main
 from lingua.errors import UserError
+from lingua.launch import run_main
 
 # Columns of the table: how a line is called, and its colour.
 LAYER = {

@@ -25,8 +25,8 @@ from apps.plots.read import names_of, read_run
 from apps.plots.sheet import draw_sheet
 from apps.plots.style import FORMATS, save
 from lingua.args import check_writable, parse_args
-from lingua.distributed import run_main
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.logger import init_logger
 
 logger = logging.getLogger(__name__)

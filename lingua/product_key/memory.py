@@ -10,7 +10,7 @@ Shape suffixes: N tokens, C model dim, H heads, K = knn, n keys per half, D = ha
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +18,12 @@ from torch import nn
 
 from lingua.errors import UserError
 from lingua.initialize import normal, uniform, xavier_uniform
-from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
+from lingua.product_key.args import ProductKeyArgs
 from lingua.product_key.search import search
 from lingua.product_key.slot_use import SlotUse
+from lingua.product_key.value_table import SlotProducts, xFormerEmbeddingBag
 
 NORM_EPS = 1e-5
-
-
-@dataclass
-class ProductKeyArgs:
-    """Which blocks carry a memory in place of their feed-forward, and its sizes (config `model.productkey_args`)."""
-
-    is_enabled: bool = False
-    layers: str = ""  # such as "4,12,20", counted from 0
-    mem_n_keys: int = 1024  # the memory has mem_n_keys ** 2 slots
-    mem_heads: int = 4
-    mem_knn: int = 32
-    mem_share_values: bool = True
-    mem_k_dim: int = 512
-    mem_v_dim: int = -1  # -1: the model's dim
-    swilu_projection: bool = True
-    value_fixed_lr: float | None = 0.001  # null: the model's lr
-    mem_gated: bool = False
-    peer_variant: bool = False
-    mem_qk_norm: bool = False  # RMSNorm of each query half and each key before their product
 
 
 def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:

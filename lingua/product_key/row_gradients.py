@@ -15,12 +15,11 @@ import copy
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lingua.product_key.tickets import holder_of, new_ticket
 from lingua.product_key.xformer_embeddingbag import row_sums, table_gradient
-from lingua.sharding import local_part
+from lingua.sharding import local_part, split_like
 
 
 class RowGradients:
@@ -91,11 +90,8 @@ class RowGradients:
             grad = table_gradient(*map(torch.cat, zip(*alike, strict=True)), len(weight), weight.dtype)
             if weight.grad is not None:
                 local_part(weight.grad).add_(grad)
-            elif isinstance(weight, DTensor):
-                layout = {"shape": weight.shape, "stride": weight.stride()}
-                weight.grad = DTensor.from_local(grad, weight.device_mesh, weight.placements, run_check=False, **layout)
             else:
-                weight.grad = grad
+                weight.grad = split_like(grad, weight)
 
     def replace(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Puts another gradient in its place, such as one that is summed over ranks."""

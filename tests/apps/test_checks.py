@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from lingua.distributed import CHECK_SECONDS, FEW_RANKS, DistributedArgs, StopSignal, World, steps_to_next_check
+from lingua.distributed import CHECK_SECONDS, FEW_RANKS, DistributedArgs, World, steps_to_next_check
+from lingua.launch import StopSignal
 from tests.helpers.training import last_step, list_steps, read_losses, read_metrics, start_ranks, wait_until
 
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from apps.main import train
 from apps.main.train import TrainArgs
 from lingua.args import to_dict
-from lingua.distributed import run_main
+from lingua.launch import run_main
 from tests.helpers.training import (
     PROCESSES,
     REPOSITORY,

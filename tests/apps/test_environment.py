@@ -10,7 +10,7 @@ import torch
 
 from apps.main.train import TrainArgs, train
 from lingua.args import parse_args
-from lingua.distributed import validate_environment
+from lingua.launch import validate_environment
 
 LOOKS = [
     "is_available",

@@ -19,7 +19,8 @@ from apps.main.eval import (
     with_folder_for_settings,
 )
 from apps.main.generate import GeneratorArgs
-from apps.main.train import TrainArgs, evaluation_args
+from apps.main.train import TrainArgs
+from apps.main.train_eval import evaluation_args
 from apps.main.validation import ValidationArgs, validation_files
 from apps.plots.panels import build_panels
 from apps.plots.read import read_run

@@ -17,12 +17,12 @@ from apps.main.fits import (
     loader_needs,
     table_needs,
 )
-from apps.main.generate import explaining_memory
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_parameters
 from lingua.args import parse_args
 from lingua.data import QUEUED_BATCHES
 from lingua.distributed import World
+from lingua.launch import explaining_memory
 from lingua.optim import build_optimizer
 from tests.helpers.training import REPOSITORY
 

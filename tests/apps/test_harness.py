@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from apps.main import train_eval
 from apps.main.eval import EvalArgs, launch_eval
 from apps.main.generate import GeneratorArgs, PackedCausalTransformerGenerator, load_consolidated_model_and_tokenizer
 from apps.main.hf import export_hf
+from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
 from lingua.tokenizer import build_tokenizer
@@ -507,16 +509,14 @@ def test_a_section_eval_that_cannot_work_ends_before_anything_is_written(world, 
 
 def test_evaluation_in_jobs_of_their_own(world, tmp_path, monkeypatch):
     """What is submitted, caught before it reaches SLURM (see test_slurm.py), is what evaluates the checkpoint."""
-    from apps.main import train
-
     folder, tasks, run, _ = world
     submitted = []
-    monkeypatch.setattr(train, "launch_job", submitted.append)
+    monkeypatch.setattr(train_eval, "launch_job", submitted.append)
     monkeypatch.setenv("SLURM_JOB_PARTITION", "night")
     config = facts_config(folder / "data", run)
     config["eval"] = {"harness": {"tasks": ["facts_gen"], "include_path": str(tasks)}}
-    args = from_dict(train.TrainArgs, config | {"async_eval_gpus": 20}, "test")
-    train.submit_evaluation(train.evaluation_args(args, 60), 20)
+    args = from_dict(TrainArgs, config | {"async_eval_gpus": 20}, "test")
+    train_eval.submit_evaluation(train_eval.evaluation_args(args, 60), 20)
     (job,) = submitted
     assert (job.script, job.nodes, job.ngpu, job.copy_code) == ("apps.main.eval", 3, 7, False)
     assert (job.partition, job.account, job.ncpu) == ("night", "", 16)

@@ -5,5 +5,5 @@ import multiprocessing
 PROCESSES = multiprocessing.get_context("forkserver")
 # The last one makes all that is there by then permanent (frozen.py).
 PROCESSES.set_forkserver_preload(
-    ["apps.main.train", "apps.main.harness", "pytest", "torch._dynamo", "tests.helpers.frozen"]
+    ["apps.main.train", "apps.main.train_eval", "apps.main.harness", "pytest", "torch._dynamo", "tests.helpers.frozen"]
 )

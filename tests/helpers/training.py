@@ -121,7 +121,7 @@ def _train_here(argv: list[str], environment: dict[str, str], logs: str, module:
 
     import torch
 
-    from lingua.distributed import run_main
+    from lingua.launch import run_main
     from tests.helpers import faults
 
     torch.set_num_threads(1)
@@ -242,7 +242,7 @@ def run_in_process(argv: list[object], logs: Path, module: str = TRAIN, **variab
     """
     import torch.distributed as dist
 
-    from lingua.distributed import run_main
+    from lingua.launch import run_main
 
     assert not dist.is_initialized(), "run_main would end this process"
     environment = clean_environment(**{"TMPDIR": str(logs), **variables})

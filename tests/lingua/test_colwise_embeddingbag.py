@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag, SlotProducts, xFormerEmbeddingBag
+from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag, xFormerEmbeddingBag
 from lingua.product_key.memory import HashingMemory
+from lingua.product_key.value_table import SlotProducts
 from tests.helpers.layouts import whole
 from tests.helpers.ranks import run_ranks
 

@@ -3,8 +3,9 @@
 import pytest
 import torch.distributed as dist
 
-from lingua.distributed import World, process_group, run_main, together
+from lingua.distributed import World, process_group, together
 from lingua.errors import UserError
+from lingua.launch import run_main
 from tests.helpers.ranks import run_ranks
 
 

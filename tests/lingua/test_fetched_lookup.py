@@ -20,7 +20,7 @@ from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_training
 from lingua.distributed import DistributedArgs, World, data_rank, validate_distributed_args
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.product_key import fetched_lookup
-from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
+from lingua.product_key.value_table import SlotProducts, xFormerEmbeddingBag
 from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, whole
 from tests.helpers.ranks import run_ranks
 

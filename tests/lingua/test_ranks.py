@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lingua import initialize
-from lingua.distributed import StopSignal
+from lingua.launch import StopSignal
 from tests.helpers.ranks import run_ranks
 
 

@@ -19,8 +19,8 @@ from lingua.distributed import DistributedArgs, World, data_rank, local_part
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients, row_gradients, validate_optim_args
 from lingua.parallelize import GradientReducer, splits_tables_by_rows
 from lingua.product_key import xformer_embeddingbag
-from lingua.product_key.colwise_embeddingbag import SlotProducts, xFormerEmbeddingBag
 from lingua.product_key.row_gradients import RowGradients
+from lingua.product_key.value_table import SlotProducts, xFormerEmbeddingBag
 from lingua.sparse_adamw import SparseAdamW, _round_at_random
 from tests.helpers.layouts import (
     LAYOUTS,

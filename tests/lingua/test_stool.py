@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from apps.main import train
+from apps.main import train_eval
 from apps.main.eval import EvalArgs
 from apps.main.train import TrainArgs
 from lingua import slurm
@@ -393,8 +393,8 @@ def test_a_sweep_is_one_array(capsys):
 def test_nodes_of_an_evaluation(monkeypatch, n_gpus, nodes, per_node):
     """No more than 8 GPUs a node, and no more nodes than that takes."""
     submitted = []
-    monkeypatch.setattr(train, "launch_job", submitted.append)
-    train.submit_evaluation(EvalArgs(), n_gpus)
+    monkeypatch.setattr(train_eval, "launch_job", submitted.append)
+    train_eval.submit_evaluation(EvalArgs(), n_gpus)
     (job,) = submitted
     assert (job.nodes, job.ngpu) == (nodes, per_node)
 
@@ -566,11 +566,11 @@ def test_what_a_job_has_of_the_one_around_it_and_hands_on(command, monkeypatch, 
     assert not list(tmp_path.rglob("pwned*"))
 
     submitted = []
-    monkeypatch.setattr(train, "launch_job", submitted.append)
+    monkeypatch.setattr(train_eval, "launch_job", submitted.append)
     for name in set(found) - {"PATH"}:
         monkeypatch.setenv(name, found[name])
     args = TrainArgs(dump_dir="run", eval={}, async_eval_gpus=1)
-    train.submit_evaluation(train.evaluation_args(args, 5), 1)
+    train_eval.submit_evaluation(train_eval.evaluation_args(args, 5), 1)
     (job,) = submitted
     assert {name: getattr(job, name) for name in told} == told
     assert job.time == -1
@@ -585,15 +585,15 @@ def test_checkpoints_that_evaluations_wait_for(command, monkeypatch, caplog):
         folder.mkdir(parents=True)
         (folder / "submit.slurm").touch()
     done = Path("run/evals/0000000010")
-    (done / "config.yaml").write_text(to_yaml(train.evaluation_args(args, 10)))
+    (done / "config.yaml").write_text(to_yaml(train_eval.evaluation_args(args, 10)))
     (done / "validation.json").write_text("{}")
     notes = command("squeue", f"7 (null)\n8 {Path('run/evals/0000000005/submit.slurm').absolute()}\n")
-    assert train.find_awaited(args, [10, 20]) == set()
+    assert train_eval.find_awaited(args, [10, 20]) == set()
     assert not notes.exists(), "there is nothing to ask"
-    assert train.find_awaited(args, [5, 10, 15, 20]) == {5}
-    assert train.find_awaited(replace(args, eval=None), [5, 10, 15, 20]) == {5}
+    assert train_eval.find_awaited(args, [5, 10, 15, 20]) == {5}
+    assert train_eval.find_awaited(replace(args, eval=None), [5, 10, 15, 20]) == {5}
     command("squeue", "squeue: error: Unable to contact slurm controller\n", code=1)
-    assert train.find_awaited(args, [5, 10, 15, 20]) == {5, 15}
+    assert train_eval.find_awaited(args, [5, 10, 15, 20]) == {5, 15}
     assert "Unable to contact slurm controller; checkpoints stay that evaluations may wait for: [5, 15]" in caplog.text
 
 
