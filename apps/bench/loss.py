@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from apps.bench.layout import Ledger
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.distributed import DTYPES, run_main
+from lingua.distributed import DTYPES
 from lingua.errors import UserError
 from lingua.flops import synchronize
+from lingua.launch import run_main
 from lingua.loss import linear_cross_entropy
 from lingua.transformer import cross_entropy
 

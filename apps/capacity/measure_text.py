@@ -15,8 +15,8 @@ from apps.capacity.measure import sizes_of
 from apps.main.eval import EvalArgs, flat_metrics, launch_eval
 from lingua.args import parse_args, write_whole
 from lingua.checkpoint import CONFIG_FILE, read_json
-from lingua.distributed import run_main
 from lingua.errors import UserError
+from lingua.launch import run_main
 from lingua.logger import init_logger
 
 
