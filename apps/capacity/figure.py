@@ -19,7 +19,8 @@ DASHES = ("-", (0, (6, 1.5)), (0, (3, 1.5)), (0, (1, 1.2)))
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """Draws `file`.png and `file`.svg: bits learned, and values recalled exactly.
+    """Draws `file`.png and `file`.svg: of biographies bits learned and values recalled exactly, of other text a panel
+    for each of its `measures`.
 
     Args:
         results: a dictionary a run, as results.json has them. Runs of one model are its seeds: their mean is drawn,
@@ -30,25 +31,37 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
         models.setdefault(row["model"], []).append(row)
     dense = [rows for rows in models.values() if not rows[0]["slots"]]
     memories = sorted((rows for rows in models.values() if rows[0]["slots"]), key=lambda rows: rows[0]["slots"])
-    possible = results[0]["possible_bits"]
+    is_text = "measures" in results[0]
+    measures = (
+        list(results[0]["measures"]) if is_text else ["bits learned (millions)", "values recalled exactly (share)"]
+    )
+    n_rows, n_columns = math.ceil(len(measures) / 3), min(len(measures), 3)
     with plt.rc_context(
         {"font.size": 8, "svg.hashsalt": "lingua", "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-        draw_panel(panels[0], dense, memories, lambda row: row["bits"] / 1e6, "bits learned (millions)")
-        panels[0].axhline(possible / 1e6, color="#999999", linewidth=0.8)
-        panels[0].annotate(
-            "all there is to know", (0.01, possible / 1e6), xycoords=("axes fraction", "data"), va="bottom"
-        )
-        draw_panel(panels[1], dense, memories, lambda row: row["exact_match_mean"], "values recalled exactly (share)")
-        panels[1].set_ylim(0, 1.02)
+        size = (4.5 * n_columns, 1 + 2.8 * n_rows)
+        figure, grid = plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False)
+        panels = list(grid.flat)
+        for axes in panels[len(measures) :]:
+            axes.remove()
+        if is_text:
+            for axes, name in zip(panels, measures, strict=False):
+                draw_panel(axes, dense, memories, lambda row, name=name: row["measures"][name], name)
+            title = f"{results[0]['tokens'] / 1e6:,.3g} million tokens of text"
+        else:
+            draw_panel(panels[0], dense, memories, lambda row: row["bits"] / 1e6, measures[0])
+            draw_panel(panels[1], dense, memories, lambda row: row["exact_match_mean"], measures[1])
+            possible = results[0]["possible_bits"] / 1e6
+            panels[0].axhline(possible, color="#999999", linewidth=0.8)
+            panels[0].annotate(
+                "all there is to know", (0.01, possible), xycoords=("axes fraction", "data"), va="bottom"
+            )
+            panels[0].set_ylim(bottom=0)
+            panels[1].set_ylim(0, 1.02)
+            title = f"{results[0]['people']:,} people, {results[0]['exposures']} exposures of each"
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-        figure.suptitle(
-            f"{results[0]['people']:,} people, {results[0]['exposures']} exposures of each",
-            fontsize=9,
-            fontweight="bold",
-        )
+        figure.suptitle(title, fontsize=9, fontweight="bold")
         for ending in (".png", ".svg"):
             figure.savefig(file.with_name(file.name + ending), dpi=150)
         plt.close(figure)
@@ -84,7 +97,6 @@ def draw_panel(axes: Axes, dense: list, memories: list, value, label: str) -> No
         axes.minorticks_off()
     axes.set_xlabel("slots in the memory's table")
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
 
 

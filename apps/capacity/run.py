@@ -1,11 +1,14 @@
-"""A ladder of models trained on the same biographies: what they have learned over the size of the memory's table.
+"""A ladder of models trained on the same text: what they have learned over the size of the memory's table.
 
     python -m apps.capacity.run config=apps/capacity/configs/cpu.yaml      # under an hour on 2 cores
     python -m apps.capacity.run config=apps/capacity/configs/gpu.yaml      # one GPU; `minutes=9` stops in time
+    python -m apps.capacity.run config=apps/capacity/configs/text.yaml     # likewise, on real text
 
-Start the same command again and it goes on: what is trained and measured is not done again. Several processes, on
-several GPUs or machines that see the same `dump_dir`, share the runs. Each model is trained by `apps.main.train` and
-measured by `apps.capacity.measure`; results.json, capacity.png and capacity.svg in `dump_dir` hold what is done so far.
+The text is biographies that are made here or, where `steps` is set, what `train.data` names. Start the same command
+again and it goes on: what is trained and measured is not done again. Several processes, on several GPUs or machines
+that see the same `dump_dir`, share the runs. Each model is trained by `apps.main.train` and measured by
+`apps.capacity.measure` or `measure_text`; results.json, capacity.png and capacity.svg in `dump_dir` hold what is done
+so far.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,12 @@ import yaml
 
 from apps.capacity.figure import draw
 from apps.capacity.measure import MeasureArgs
+from apps.capacity.measure_text import MeasureTextArgs
 from apps.capacity.people import People, write_exposures
+from apps.main.eval import EvalArgs, validate_eval_args
 from apps.main.train import TrainArgs, validate_train_args
 from apps.main.transformer import LMTransformer, count_flops_per_token
-from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, write_whole
+from lingua.args import check_writable, first_line, from_dict, parse_args, to_dict, to_yaml, write_whole
 from lingua.distributed import World, run_main
 from lingua.errors import UserError
 from lingua.logger import init_logger
@@ -67,9 +72,11 @@ class ModelArgs:
 
 @dataclass
 class LadderArgs:
-    """`people` biographies, `exposures` of each; `vocab_size`: of the tokenizer that is trained on such text. `train`:
-    the training config of all models; steps, data, seeds and folders follow from the rest. `at_once`: runs at a time,
-    spread over the visible GPUs. `minutes`: checkpoint and leave after that long.
+    """`people` biographies, `exposures` of each; `vocab_size`: of the tokenizer that is trained on such text. Or
+    `steps`: so many, on data and with a tokenizer that `train.data` names; `eval`: how such models are measured, as
+    apps.main.eval takes it. `train`: the training config of all models; seeds, folders and, for biographies, steps and
+    data follow from the rest. `at_once`: runs at a time, spread over the visible GPUs. `minutes`: checkpoint and leave
+    after that long.
     """
 
     dump_dir: str = ""
@@ -77,6 +84,8 @@ class LadderArgs:
     people_seed: int = 0
     exposures: int = 100
     vocab_size: int = 4000
+    steps: int | None = None
+    eval: EvalArgs | None = None
     at_once: int = 1
     minutes: float | None = None
     train: Any = field(default_factory=dict)
@@ -135,6 +144,15 @@ def validate_ladder_args(args: LadderArgs) -> None:
         raise UserError("models: two have the same name")
     if args.people_seed < 0:
         raise UserError(f"people_seed: {args.people_seed} is negative, it must be 0 or more")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"steps: {args.steps} is too small, it must be 1 or more, or null for biographies")
+    if args.eval is not None:
+        if args.steps is None:
+            raise UserError("eval: measures models of real text; set steps and train.data, or leave it out")
+        for name in ("ckpt_dir", "dump_dir", "metric_log_dir", "global_step"):
+            if getattr(args.eval, name):
+                raise UserError(f"eval.{name}: follows from the run; leave it out")
+        validate_eval_args(args.eval, "eval.")
     check_writable("dump_dir", Path(args.dump_dir), 0)
 
 
@@ -149,25 +167,42 @@ def prepare(args: LadderArgs) -> list[Run]:
     folder = Path(args.dump_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "prepare.lock"):
-        data = {name: getattr(args, name) for name in ("people", "people_seed", "exposures", "vocab_size")}
+        data = describe_text(args)
         record = folder / "data.json"
         if record.exists() and json.loads(record.read_text()) != data:
             raise UserError(f"dump_dir: {folder} holds text of {record.read_text().strip()}; name another folder")
-        people = People(args.people, args.people_seed)
-        write_whole(record, json.dumps(data) + "\n")
-        tokenizer_file = folder / "tokenizer.model"
-        if not tokenizer_file.exists():
-            logger.info("training a tokenizer of %d words", args.vocab_size)
-            train_tokenizer(tokenizer_file, args.vocab_size)
-        logger.info("text: %d people, %d exposures (written once)", args.people, args.exposures)
-        write_exposures(people, args.exposures, folder / "data" / "bios", os.cpu_count() or 1)
-        tokenizer = build_tokenizer("sp", str(tokenizer_file))
-        sample = list(itertools.islice(people.exposures(0), COUNTED_BIOGRAPHIES))
-        runs = plan_runs(args, [len(tokenizer.encode(biography.text, True, True)) for biography in sample])
+        if args.steps is None:
+            people = People(args.people, args.people_seed)
+            write_whole(record, json.dumps(data) + "\n")
+            runs = plan_runs(args, write_biographies(args, people))
+        else:
+            runs = plan_runs(args)
+            write_whole(record, json.dumps(data) + "\n")
         for run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_whole(run.folder / "ladder.yaml", yaml.safe_dump(run.config, sort_keys=False))
     return runs
+
+
+def describe_text(args: LadderArgs) -> dict[str, Any]:
+    """What the runs in one `dump_dir` share: their text, and how they are measured."""
+    if args.steps is None:
+        return {name: getattr(args, name) for name in ("people", "people_seed", "exposures", "vocab_size")}
+    return {"steps": args.steps, "data": args.train.get("data"), "eval": to_dict(args.eval or EvalArgs())}
+
+
+def write_biographies(args: LadderArgs, people: People) -> list[int]:
+    """Tokenizer and text, where they are missing. Returns the lengths of some biographies, in tokens."""
+    folder = Path(args.dump_dir)
+    tokenizer_file = folder / "tokenizer.model"
+    if not tokenizer_file.exists():
+        logger.info("training a tokenizer of %d words", args.vocab_size)
+        train_tokenizer(tokenizer_file, args.vocab_size)
+    logger.info("text: %d people, %d exposures (written once)", args.people, args.exposures)
+    write_exposures(people, args.exposures, folder / "data" / "bios", os.cpu_count() or 1)
+    tokenizer = build_tokenizer("sp", str(tokenizer_file))
+    sample = itertools.islice(people.exposures(0), COUNTED_BIOGRAPHIES)
+    return [len(tokenizer.encode(biography.text, True, True)) for biography in sample]
 
 
 def train_tokenizer(file: Path, vocab_size: int) -> None:
@@ -195,32 +230,37 @@ def train_tokenizer(file: Path, vocab_size: int) -> None:
     unfinished.rename(file)
 
 
-def plan_runs(args: LadderArgs, lengths: list[int]) -> list[Run]:
+def plan_runs(args: LadderArgs, lengths: list[int] | None = None) -> list[Run]:
     """All runs with their training configs, the first seed of each model before the second ones.
 
     Args:
-        lengths: of some biographies, in tokens. They say how many steps the exposures take.
+        lengths: of some biographies, in tokens, which say how many steps the exposures take. None for other text.
 
     Raises UserError for a config that cannot work, or cannot have the FLOPs asked for.
     """
     folder = Path(args.dump_dir)
-    n_tokens = args.people * args.exposures * sum(lengths) / len(lengths)
     configs: list[dict[str, Any]] = []
     base: int | None = None
     for model in args.models:
         config = merge(copy.deepcopy(args.train), model.train)
-        config["data"] = {
-            "batch_size": 32,
-            **config.get("data", {}),
-            "root_dir": str(folder / "data"),
-            "sources": {"bios": 1.0},
-            "tokenizer": {"name": "sp", "path": str(folder / "tokenizer.model")},
-        }
+        if lengths is not None:
+            config["data"] = {
+                "batch_size": 32,
+                **config.get("data", {}),
+                "root_dir": str(folder / "data"),
+                "sources": {"bios": 1.0},
+                "tokenizer": {"name": "sp", "path": str(folder / "tokenizer.model")},
+            }
+        config.setdefault("data", {})
         config["dump_dir"] = str(folder / "runs" / model.name)
         parsed = from_dict(TrainArgs, config, f"models.{model.name}.train")
-        tokens_per_step = parsed.data.batch_size * parsed.data.seq_len * parsed.grad_acc_steps
-        config["steps"] = parsed.steps = math.ceil(n_tokens / tokens_per_step)
-        if parsed.data.seq_len < SPACE_FOR_LONGER * max(lengths):
+        if lengths is None:
+            config["steps"] = args.steps
+        else:
+            n_tokens = args.people * args.exposures * sum(lengths) / len(lengths)
+            config["steps"] = math.ceil(n_tokens / tokens_per_step(parsed))
+        parsed.steps = config["steps"]
+        if lengths is not None and parsed.data.seq_len < SPACE_FOR_LONGER * max(lengths):
             raise UserError(
                 f"models.{model.name}.train.data.seq_len: {parsed.data.seq_len} is too short to measure biographies, "
                 f"which have up to {max(lengths)} tokens; make it {math.ceil(SPACE_FOR_LONGER * max(lengths))} or more"
@@ -252,6 +292,10 @@ def merge(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         else:
             config[key] = copy.deepcopy(value)
     return config
+
+
+def tokens_per_step(args: TrainArgs) -> int:
+    return args.data.batch_size * args.data.seq_len * args.grad_acc_steps
 
 
 def flops(args: TrainArgs) -> int:
@@ -309,6 +353,24 @@ def claim(run: Run) -> Any | None:
     return handle
 
 
+def measuring(args: LadderArgs, run: Run, checkpoint: Path) -> list[str]:
+    """The module that measures the run's checkpoint, and its arguments."""
+    dtype = run.config.get("distributed", {}).get("model_dtype", "bf16")
+    if args.steps is None:
+        measured = MeasureArgs(str(checkpoint), args.people, args.people_seed, dtype, out=str(run.result))
+        return ["apps.capacity.measure", *(f"{key}={value}" for key, value in to_dict(measured).items())]
+    evaluation = args.eval or EvalArgs()
+    evaluation = replace(
+        evaluation,
+        ckpt_dir=str(checkpoint),
+        dump_dir=str(run.folder / "evals" / checkpoint.name),
+        generator=replace(evaluation.generator, dtype=dtype),
+    )
+    file = run.folder / "measure.yaml"
+    write_whole(file, to_yaml(MeasureTextArgs(str(run.result), evaluation)))
+    return ["apps.capacity.measure_text", f"config={file}"]
+
+
 class Worker:
     """Trains and measures one run in its own processes, on one GPU or the CPU."""
 
@@ -350,12 +412,7 @@ class Worker:
         checkpoint = self.run.folder / "checkpoints" / f"{self.run.steps:010d}"
         if self.stage == "training" and checkpoint.exists():
             self.stage = "measuring"
-            dtype = self.run.config.get("distributed", {}).get("model_dtype", "bf16")
-            measured = MeasureArgs(
-                str(checkpoint), self.args.people, self.args.people_seed, dtype, out=str(self.run.result)
-            )
-            argv = [f"{key}={value}" for key, value in to_dict(measured).items()]
-            self.process = self._start("apps.capacity.measure", *argv)
+            self.process = self._start(*measuring(self.args, self.run, checkpoint))
             return False
         self.lock.close()
         return True
@@ -446,7 +503,8 @@ def report(args: LadderArgs, runs: list[Run]) -> None:
                 "model": run.model,
                 "slots": memory.mem_n_keys**2 if memory.is_enabled else 0,
                 "steps": run.steps,
-                "exposures": args.exposures,
+                "tokens": run.steps * tokens_per_step(config),
+                **({"exposures": args.exposures} if args.steps is None else {}),
                 "loss": json.loads(lines[-1])["loss/out"],
                 "seconds_per_step": times[len(times) // 2],
                 **found,
@@ -454,16 +512,21 @@ def report(args: LadderArgs, runs: list[Run]) -> None:
         )
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     draw(results, folder / "capacity")
-    logger.info("%-24s %10s %12s %10s %9s %8s %7s", "run", "slots", "parameters", "FLOPs", "kbits", "bits/par", "exact")
-    for row in results:
-        logger.info(
-            "%-24s %10d %12d %10d %9.1f %8.3f %7.3f",
-            *(row[key] for key in ("run", "slots", "parameters", "flops_per_token")),
-            *(row["bits"] / 1e3, row["bits_per_parameter"], row["exact_match_mean"]),
-        )
-    logger.info(
-        "of %.1f kbits in all; %s.png and .svg, results.json", results[0]["possible_bits"] / 1e3, folder / "capacity"
-    )
+    columns = {"slots": "slots", "parameters": "parameters", "FLOPs": "flops_per_token"}
+    if args.steps is None:
+        measures = ["kbits", "bits/par", "exact"]
+        values = [(row["bits"] / 1e3, row["bits_per_parameter"], row["exact_match_mean"]) for row in results]
+        total = f"of {results[0]['possible_bits'] / 1e3:.1f} kbits in all; "
+    else:
+        measures, total = list(results[0]["measures"]), ""
+        values = [tuple(row["measures"].values()) for row in results]
+    widths = [max(8, len(name)) for name in measures]
+    names = " ".join(f"{name:>{width}}" for name, width in zip(measures, widths, strict=True))
+    logger.info("%-24s %10s %12s %10s %s", "run", *columns, names)
+    for row, numbers in zip(results, values, strict=True):
+        found = " ".join(f"{number:>{width}.3f}" for number, width in zip(numbers, widths, strict=True))
+        logger.info("%-24s %10d %12d %10d %s", row["run"], *(row[key] for key in columns.values()), found)
+    logger.info("%s%s.png and .svg, results.json", total, folder / "capacity")
 
 
 if __name__ == "__main__":

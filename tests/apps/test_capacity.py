@@ -16,9 +16,12 @@ from apps.capacity import run as ladder
 from apps.capacity.measure import measure
 from apps.capacity.people import ATTRIBUTES, N_NAMES, People, write_exposures
 from apps.capacity.templates import TEMPLATES
+from apps.main.eval import EvalArgs
 from lingua.args import from_dict
 from lingua.errors import UserError
 from lingua.tokenizer import build_tokenizer
+from tests.helpers.evaluation import write_facts
+from tests.helpers.training import run_in_process
 
 CONFIGS = Path(ladder.__file__).parent / "configs"
 
@@ -201,6 +204,27 @@ def test_shipped_ladders_have_equal_flops(name, tmp_path, tokenizer_file):
     assert exposures / args.people == pytest.approx(args.exposures, rel=0.01)
 
 
+def test_the_shipped_ladder_on_text_has_equal_flops(tmp_path, tokenizer_file, monkeypatch):
+    """In steps of its own, with the data that it names."""
+    config = yaml.safe_load((CONFIGS / "text.yaml").read_text())
+    data = config["train"]["data"]
+    for source in data["sources"]:
+        (tmp_path / data["root_dir"] / source).mkdir(parents=True)
+        (tmp_path / data["root_dir"] / source / f"{source}.chunk.0.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / data["tokenizer"]["path"]).parent.mkdir()
+    (tmp_path / data["tokenizer"]["path"]).write_bytes(tokenizer_file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    args = from_dict(ladder.LadderArgs, config, "text")
+    runs = ladder.plan_runs(args)
+    flops = {run.model: ladder.flops(from_dict(ladder.TrainArgs, with_vocabulary(run.config), "text")) for run in runs}
+    for model in args.models:
+        assert flops[model.name] == pytest.approx(model.flops * flops["dense"], rel=ladder.FLOPS_TOLERANCE)
+    assert [model.flops for model in args.models] == [1, 2, 4, 1, 1, 1, 1]
+    for run in runs:
+        assert run.steps == run.config["steps"] == args.steps
+        assert run.config["data"] == {**data, "seed": 0}
+
+
 def with_vocabulary(config):
     return {**config, "model": {**config["model"], "vocab_size": 3000, "max_seqlen": config["data"]["seq_len"]}}
 
@@ -236,6 +260,10 @@ def test_rows_that_are_too_short_are_refused_before_training(tmp_path, tokenizer
         ({"models": [{"name": "a", "flops": 0}]}, "models.0: flops"),
         ({"models": [{"name": "a", "flops": math.inf}]}, "models.0: flops"),
         ({"people_seed": -1}, "people_seed"),
+        ({"steps": 0}, "steps: 0"),
+        ({"eval": {}}, "eval: measures models of real text; set steps"),
+        ({"steps": 9, "eval": {"ckpt_dir": "x"}}, "eval.ckpt_dir: follows from the run"),
+        ({"steps": 9, "eval": {"validation": {"max_steps": 0}}}, "eval.validation.max_steps: 0"),
         ({"train": "fast"}, "train: 'fast' where keys of the training config are wanted"),
         ({"train": {"data": 5}}, "train.data: '5' where a section"),
     ],
@@ -299,4 +327,66 @@ def test_a_ladder_from_end_to_end(tmp_path, tokenizer_file, monkeypatch, caplog)
     assert ladder.train_all(args, ladder.prepare(args))
     args.people = 13
     with pytest.raises(ValueError, match="dump_dir: .* holds text of"):
+        ladder.prepare(args)
+
+
+class Done:
+    """A process that has ended."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def poll(self):
+        return self.code
+
+
+def test_a_ladder_on_text_from_end_to_end(tmp_path, monkeypatch, caplog):
+    """Two models, measured by held-out text and a task. Another measure in the same folder is refused."""
+    data, tasks = write_facts(tmp_path)
+    folder = tmp_path / "ladder"
+    memory = {"is_enabled": True, "layers": "1", "mem_n_keys": 16, "mem_heads": 1, "mem_knn": 4, "mem_k_dim": 8}
+    values = {
+        "dump_dir": str(folder),
+        "steps": 3,
+        "train": {
+            "data": {
+                "root_dir": str(data),
+                "sources": {"facts": 1.0},
+                "batch_size": 4,
+                "seq_len": 96,
+                "load_async": False,
+            },
+            "optim": {"warmup": 1},
+            "model": {"dim": 16, "n_layers": 2, "n_heads": 2, "multiple_of": 2},
+            "distributed": {"model_dtype": "fp32"},
+            "logging": {"freq": 1},
+        },
+        "eval": {"harness": {"tasks": ["facts_choice"], "include_path": str(tasks), "bootstrap_iters": 0}},
+        "models": [{"name": "dense"}, {"name": "memory", "train": {"model": {"productkey_args": memory}}}],
+    }
+
+    def start(worker, module, *argv):
+        worker.errors = (worker.run.folder / f"{worker.stage}.err").open("wb")
+        return Done(run_in_process(argv, tmp_path, module).ok().code)
+
+    monkeypatch.setattr(ladder.Worker, "_start", start)
+    monkeypatch.setattr(ladder.time, "sleep", lambda seconds: None)
+    args = from_dict(ladder.LadderArgs, values, "test")
+    ladder.validate_ladder_args(args)
+    assert ladder.train_all(args, ladder.prepare(args))
+    dense, memory = json.loads((folder / "results.json").read_text())
+    assert (dense["run"], dense["slots"], dense["tokens"]) == ("dense.seed0", 0, 3 * 4 * 96)
+    assert (memory["slots"], memory["memory_parameters"]) == (256, 256 * 16)
+    assert memory["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.01)
+    names = ["facts_choice: acc", "facts_choice: acc_norm", "facts: bits per byte"]
+    assert list(dense["measures"]) == list(memory["measures"]) == names
+    validation = json.loads((folder / "runs" / "dense.seed0" / "evals" / "0000000003" / "validation.json").read_text())
+    assert validation["settings"]["dtype"] == "fp32"
+    assert dense["measures"]["facts: bits per byte"] == validation["facts"]["bits_per_byte"]
+    assert (folder / "capacity.svg").stat().st_size > 10_000
+
+    monkeypatch.setattr(ladder, "Worker", None)  # nothing may be started
+    assert ladder.train_all(args, ladder.prepare(args))
+    args.eval = EvalArgs()
+    with pytest.raises(UserError, match="dump_dir: .* holds text of"):
         ladder.prepare(args)
