@@ -6,13 +6,15 @@ Two cores are busier with several small models, a thread each, than with one spr
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.helpers import ranks
 
 torch.set_num_threads(1)
 
@@ -100,6 +102,13 @@ def write_durations(terminalreporter: pytest.TerminalReporter, file: Path) -> No
     lines = [f"{report.duration:8.2f} {report.when:8} {report.nodeid}\n" for report in reports]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(lines))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_pools() -> Iterator[None]:
+    """Of ranks, which the next file's tests seldom need."""
+    yield
+    ranks.end_pools()
 
 
 @pytest.fixture(scope="session")

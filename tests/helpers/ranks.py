@@ -34,8 +34,9 @@ PATIENCE = 240
 # Seconds that the other ranks get, after the first one that fails, to report their errors.
 PATIENCE_WITH_OTHERS = 5
 
-# After this many calls a pool is made anew: gloo keeps the threads of groups that were destroyed, some ten a call.
-CALLS_OF_A_POOL = 20
+# After this many calls a pool is made anew: gloo keeps the threads of groups that were destroyed, some ten a call, and
+# each of them wakes a hundred times a second.
+CALLS_OF_A_POOL = 5
 
 # How names of this repository's modules begin.
 OURS = ("lingua", "apps", "tests", "test_")
@@ -68,6 +69,12 @@ def run_ranks(
     else:
         pool.end()
     return results
+
+
+def end_pools() -> None:
+    """Ends the processes that wait for another call; their threads wake all the time."""
+    while _POOLS:
+        _POOLS.popitem()[1].end()
 
 
 @contextlib.contextmanager
