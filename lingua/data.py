@@ -4,7 +4,8 @@ Every stage is an iterator whose place can be written down as plain JSON and tak
 
     SourceReader   one share of the lines of one folder, pass after pass
     Mixture        draws a source by weight for each document
-    RowPacker      tokenizes, concatenates, cuts into rows
+    TokenReader    reads ahead and tokenizes in threads
+    RowPacker      concatenates, cuts into rows
     BatchShuffler  a buffer of rows, shuffled, read in batches, refilled as it is read
     RowStream      the rows of those batches, of which any number can be taken at a time
     BatchReader    one rank's batches, from the streams that it reads
@@ -41,9 +42,11 @@ import traceback
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -51,8 +54,9 @@ from lingua.errors import UserError
 from lingua.sources import (
     ON_ERROR,
     TRAIN_FILES,
+    Place,
     SourceReader,
-    encode_document,
+    encode_documents,
     find_files,
     has_document,
     look_at,
@@ -69,6 +73,17 @@ State = dict[str, Any]
 # Batches that wait in the training process. The shuffle buffer lies behind them in the worker, so a few are enough
 # to bridge a slow document.
 QUEUED_BATCHES = 4
+
+# A thread tokenizes a chunk of documents at a time: one that has this number of documents or of characters. It reads no
+# further ahead than this number of chunks a thread, or of characters in all.
+CHUNK_DOCUMENTS = 32
+CHUNK_CHARS = 2**16
+CHUNKS_AHEAD = 2
+CHARS_AHEAD = 2**22
+
+# More threads do not help: what is left to the one thread that reads and packs takes about a tenth of the tokenizer's
+# time.
+MAX_THREADS = 16
 
 # So many documents in a row without a single token, or on which the tokenizer fails, mean that there is nothing to
 # train on.
@@ -125,62 +140,162 @@ def validate_data_args(args: DataArgs) -> None:
         find_files(args.root_dir, source, TRAIN_FILES)
 
 
+def count_threads() -> int:
+    """That tokenize: one for each core of this process, which it shares with the other ranks of its node."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(n_cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1), MAX_THREADS)
+
+
+class Mark(NamedTuple):
+    """A place in a mixture, cheap to make for each document; `Mixture.state` makes JSON of it."""
+
+    n_draws: int  # since the mixture's start or `restore`
+    sources: tuple[tuple[int, ...], ...]  # the readers' states, without faults of the tokenizer
+
+
+class Document(NamedTuple):
+    text: str
+    place: Place
+    source: int
+    mark: Mark  # the place after the document
+
+
 class Mixture:
     """Draws the source of each document by weight, independently."""
 
     def __init__(self, readers: list[SourceReader], weights: list[float], seed: tuple[int, int, int]):
         self.readers = readers
-        self._last = readers[0]
         self.rng = np.random.default_rng(seed)
         # What `rng.choice(len(readers), p=weights)` does at each call, worked out once: 10 times faster.
         cumulative = (np.array(weights, dtype=np.float64) / np.sum(weights)).cumsum()
         self._cumulative = (cumulative / cumulative[-1]).tolist()
+        self._start()
 
-    def state(self) -> State:
-        return {"rng": self.rng.bit_generator.state, "sources": [reader.state() for reader in self.readers]}
+    def _start(self) -> None:
+        self._rng_start = self.rng.bit_generator.state
+        self.mark = Mark(0, tuple(reader.state() for reader in self.readers))
+        self.n_rejected = (0,) * len(self.readers)  # of each source, since the start or `restore`
+
+    def state(self, mark: Mark, n_rejected: tuple[int, ...]) -> State:
+        rng = np.random.PCG64()
+        rng.state = self._rng_start
+        rng.advance(mark.n_draws)
+        sources = [(*place, n + more) for (*place, n), more in zip(mark.sources, n_rejected, strict=True)]
+        return {"rng": rng.state, "sources": sources}
 
     def restore(self, state: State) -> None:
         self.rng.bit_generator.state = state["rng"]
         for reader, source in zip(self.readers, state["sources"], strict=True):
             reader.restore(tuple(source))
+        self._start()
 
-    def next_document(self) -> str:
-        self._last = self.readers[bisect_right(self._cumulative, self.rng.random())]
-        return self._last.next_document()
+    def next_document(self) -> Document:
+        number = bisect_right(self._cumulative, self.rng.random())
+        text, place = self.readers[number].next_document()
+        *source, n_skipped = self.readers[number].state()
+        sources = list(self.mark.sources)
+        sources[number] = (*source, n_skipped - self.n_rejected[number])
+        self.mark = Mark(self.mark.n_draws + 1, tuple(sources))
+        return Document(text, place, number, self.mark)
 
-    def reject(self, problem: str) -> None:
-        """The document that was given last is of no use."""
-        self._last.reject(problem)
+    def reject(self, document: Document, problem: str) -> None:
+        """The tokenizer fails on this document, which need not be the last one that was given."""
+        n_rejected = list(self.n_rejected)
+        n_rejected[document.source] += 1
+        self.n_rejected = tuple(n_rejected)
+        self.readers[document.source].reject(document.place, problem)
+
+
+class TokenReader:
+    """The documents of a mixture as tokens, which the threads of `pool` make ahead.
+
+    State, errors and counts are those of a reader that has read no further than the last document given. Only the
+    warnings of faults that are skipped come earlier.
+    """
+
+    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, args: DataArgs, pool: Executor, n_ahead: int):
+        self.mixture = mixture
+        self._n_ahead = n_ahead
+        self._submit = partial(pool.submit, encode_documents, tokenizer, args.add_bos, args.add_eos)
+        self._start()
+
+    def _start(self) -> None:
+        self.place = self.mixture.mark, self.mixture.n_rejected  # after the last document given
+        self._given: Iterator[tuple[Document, np.ndarray | UserError]] = iter(())
+        self._ahead: deque[tuple[list[Document], Future]] = deque()
+        self._n_chars = 0  # in `_ahead`
+        self._error: Exception | None = None  # with which the reading ended
+
+    def state(self, place: tuple[Mark, tuple[int, ...]]) -> State:
+        return self.mixture.state(*place)
+
+    def restore(self, state: State) -> None:
+        self.mixture.restore(state)
+        self._start()
 
     def n_skipped(self) -> int:
         """Faults so far, each time that they were met."""
-        return sum(reader.faults.n_skipped for reader in self.readers)
+        mark, n_rejected = self.place
+        return sum(source[-1] for source in mark.sources) + sum(n_rejected)
+
+    def next_tokens(self) -> np.ndarray:
+        """Of the next document, int32; none where the tokenizer fails and that is skipped."""
+        item = next(self._given, None)
+        if item is None:
+            self._begin_chunk()
+            item = next(self._given)
+        document, tokens = item
+        if isinstance(tokens, UserError):
+            self.mixture.reject(document, str(tokens))
+            tokens = np.empty(0, dtype=np.int32)
+        self.place = document.mark, self.mixture.n_rejected
+        return tokens
+
+    def _begin_chunk(self) -> None:
+        while len(self._ahead) < self._n_ahead and self._n_chars < CHARS_AHEAD and self._error is None:
+            self._read_chunk()
+        if not self._ahead:
+            raise self._error
+        documents, encoded = self._ahead.popleft()
+        self._n_chars -= sum(len(document.text) for document in documents)
+        self._given = zip(documents, encoded.result(), strict=True)
+
+    def _read_chunk(self) -> None:
+        documents, n_chars = [], 0
+        try:
+            while len(documents) < CHUNK_DOCUMENTS and n_chars < CHUNK_CHARS:
+                documents.append(self.mixture.next_document())
+                n_chars += len(documents[-1].text)
+        except Exception as error:
+            self._error = error
+        if documents:
+            self._n_chars += n_chars
+            self._ahead.append((documents, self._submit([document.text for document in documents])))
 
 
 # --- rows and batches --------------------------------------------------------------------------------------------
 
 
 class RowPacker:
-    """Concatenates tokenized documents, cuts rows of `seq_len + n_views - 1` tokens, `n_views - 1` of them shared."""
+    """Concatenates documents' tokens, cuts rows of `seq_len + n_views - 1` tokens, `n_views - 1` of them shared."""
 
-    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, args: DataArgs):
-        self.mixture = mixture
-        self.tokenizer = tokenizer
-        self.add_bos, self.add_eos = args.add_bos, args.add_eos
+    def __init__(self, documents: TokenReader, args: DataArgs):
+        self.documents = documents
         self.on_error = args.on_error
         self.step = args.seq_len
         self.row_len = args.seq_len + args.n_views - 1
-        # Documents not yet used up, each with the mixture's state before it was read: that state and the number of
-        # tokens used of the first one are the place to resume from.
-        self._pending: deque[tuple[State, np.ndarray]] = deque()
+        # Documents not yet used up, each with the place before it: that and the number of tokens used of the first one
+        # are the place to resume from.
+        self._pending: deque[tuple[Any, np.ndarray]] = deque()
         self._n_pending = 0
         self._used = 0
 
     def state(self) -> State:
-        return {"documents": self._pending[0][0] if self._pending else self.mixture.state(), "tokens_used": self._used}
+        place = self._pending[0][0] if self._pending else self.documents.place
+        return {"documents": self.documents.state(place), "tokens_used": self._used}
 
     def restore(self, state: State) -> None:
-        self.mixture.restore(state["documents"])
+        self.documents.restore(state["documents"])
         self._pending.clear()
         self._n_pending = self._used = 0
         if state["tokens_used"]:
@@ -201,15 +316,10 @@ class RowPacker:
 
     def _read_document(self) -> None:
         for _ in range(MAX_EMPTY_DOCUMENTS):
-            state = self.mixture.state()
-            text = self.mixture.next_document()
-            try:
-                tokens = encode_document(self.tokenizer, text, self.add_bos, self.add_eos)
-            except ValueError as error:
-                self.mixture.reject(str(error))
-                continue
+            place = self.documents.place
+            tokens = self.documents.next_tokens()
             if len(tokens):
-                self._pending.append((state, np.asarray(tokens, dtype=np.int32)))
+                self._pending.append((place, tokens))
                 self._n_pending += len(tokens)
                 return
         raise UserError(
@@ -287,16 +397,15 @@ class RowStream:
     Rows of the shuffler's current batch that are not taken yet stay in its buffer for the next time.
     """
 
-    def __init__(self, shuffler: BatchShuffler, args: DataArgs, state: State):
+    def __init__(self, shuffler: BatchShuffler, state: State):
         self.shuffler = shuffler
-        self.seq_len = args.seq_len
         self.number, self.rows_given, self._rows_used = state["stream"], state["rows_given"], state["rows_used"]
         self._shared_sources = state.get("shared_sources", [])
         if state["place"] is not None:
             shuffler.restore(state["place"])
 
     def state(self) -> State:
-        place, n_skipped = self.shuffler.state(), self.shuffler.packer.mixture.n_skipped()
+        place, n_skipped = self.shuffler.state(), self.shuffler.packer.documents.n_skipped()
         state = _stream_state(self.number, self._shared_sources)
         return state | {
             "rows_given": self.rows_given,
@@ -305,14 +414,13 @@ class RowStream:
             "n_skipped": n_skipped,
         }
 
-    def fill(self, batch: np.ndarray) -> None:
-        """Writes the views of the next rows into `batch`, int64 of shape (n, seq_len, n_views)."""
-        while len(batch):
-            rows = self.shuffler.current()[self._rows_used :][: len(batch)]
-            for view in range(batch.shape[-1]):
-                batch[: len(rows), :, view] = rows[:, view : view + self.seq_len]
-            self._use(len(rows))
-            batch = batch[len(rows) :]
+    def fill(self, rows: np.ndarray) -> None:
+        """Writes the next rows into `rows`, of shape (n, row_len)."""
+        while len(rows):
+            part = self.shuffler.current()[self._rows_used :][: len(rows)]
+            rows[: len(part)] = part
+            self._use(len(part))
+            rows = rows[len(part) :]
 
     def skip(self, n_rows: int) -> None:
         """Leaves out the next rows, which other ranks take."""
@@ -330,14 +438,14 @@ class RowStream:
 
 
 class BatchReader:
-    """One rank's batches, from streams of its own, or from one that it reads in turn with other ranks. Endless.
+    """The rows of a rank's batches, from streams of its own, or from one that it reads in turn with others. Endless.
 
     `turn` is (j, n): of each n batches of rows the rank takes the j-th (from 0) and leaves the others to the others.
     """
 
     def __init__(self, streams: list[RowStream], args: DataArgs, turn: tuple[int, int]):
         self.streams = streams
-        self.shape = args.batch_size, args.seq_len, args.n_views
+        self.shape = args.batch_size, args.seq_len + args.n_views - 1
         self.turn, self.n_turns = turn
         # A batch is made of parts, each from the stream that is behind. It is one part where its size divides the
         # start's. Larger batches in one part would take the streams out of step: with half the ranks and batches twice
@@ -348,16 +456,24 @@ class BatchReader:
         """The streams' places behind the last batch; those that share a stream are at the end of their round."""
         return [stream.state() for stream in self.streams]
 
-    def next_batch(self) -> np.ndarray:
-        """The next (batch_size, seq_len, n_views) of int64."""
-        batch = np.empty(self.shape, dtype=np.int64)
+    def next_rows(self) -> np.ndarray:
+        """Those of the next batch, int32 of shape (batch_size, seq_len + n_views - 1)."""
+        rows = np.empty(self.shape, dtype=np.int32)
         shared = self.streams[0]  # and the only one, where there are turns
-        shared.skip(self.turn * len(batch))
-        for start in range(0, len(batch), self.part):
+        shared.skip(self.turn * len(rows))
+        for start in range(0, len(rows), self.part):
             behind = min(self.streams, key=lambda stream: stream.rows_given)  # the first of several
-            behind.fill(batch[start : start + self.part])
-        shared.skip((self.n_turns - 1 - self.turn) * len(batch))
-        return batch
+            behind.fill(rows[start : start + self.part])
+        shared.skip((self.n_turns - 1 - self.turn) * len(rows))
+        return rows
+
+
+def make_views(rows: np.ndarray, seq_len: int) -> np.ndarray:
+    """The batch of these rows, int64 of shape (n, seq_len, n_views): view v is the rows from token v on."""
+    batch = np.empty((len(rows), seq_len, rows.shape[1] - seq_len + 1), dtype=np.int64)
+    for view in range(batch.shape[-1]):
+        batch[:, :, view] = rows[:, view : view + seq_len]
+    return batch
 
 
 # --- the loader's state ------------------------------------------------------------------------------------------
@@ -576,7 +692,9 @@ def _collect_streams(states: list[State]) -> list[State]:
 # --- the loader --------------------------------------------------------------------------------------------------
 
 
-def _build_streams(args: DataArgs, state: State, show: Callable[[Path], None]) -> list[RowStream]:
+def _build_streams(
+    args: DataArgs, state: State, show: Callable[[Path], None], pool: Executor, n_ahead: int
+) -> list[RowStream]:
     """The streams that the state's rank reads, at their places. `args` are those of the run's start."""
     made_with = state["made_with"]
     n_streams = made_with["streams"]
@@ -594,20 +712,28 @@ def _build_streams(args: DataArgs, state: State, show: Callable[[Path], None]) -
         }
         readers = [SourceReader(name, shares[name], args.on_error, show) for name in files]
         mixture = Mixture(readers, list(args.sources.values()), (args.seed, number, n_streams))
-        shuffler = BatchShuffler(RowPacker(mixture, tokenizer, args), args, (args.seed + 1, number, n_streams))
-        streams.append(RowStream(shuffler, args, stream))
+        packer = RowPacker(TokenReader(mixture, tokenizer, args, pool, n_ahead), args)
+        shuffler = BatchShuffler(packer, args, (args.seed + 1, number, n_streams))
+        streams.append(RowStream(shuffler, stream))
     return streams
 
 
 def _iterate(
     args: DataArgs, state: State, show: Callable[[Path], None] = lambda path: None
 ) -> Iterator[tuple[np.ndarray, State]]:
+    """The rows of each batch, and the state behind it."""
     check_state_fits(args, state)
     _warn_of_new_files(args, state)
-    reader = BatchReader(_build_streams(_args_at_start(args, state), state, show), args, state["turn"])
-    while True:
-        batch = reader.next_batch()
-        yield batch, {**state, "streams": reader.state()}
+    n_threads = count_threads()
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="tokenizer")
+    try:
+        streams = _build_streams(_args_at_start(args, state), state, show, pool, CHUNKS_AHEAD * n_threads)
+        reader = BatchReader(streams, args, state["turn"])
+        while True:
+            rows = reader.next_rows()
+            yield rows, {**state, "streams": reader.state()}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -627,17 +753,14 @@ def build_dataloader_from_args(
         finally:
             worker.close()
     else:
-        batches = _iterate(args, state)
-        try:
-            yield batches
-        finally:
-            batches.close()
+        with contextlib.closing(_iterate(args, state)) as batches:
+            yield ((make_views(rows, args.seq_len), state) for rows, state in batches)
 
 
 # --- the worker process ------------------------------------------------------------------------------------------
 #
-# Frames on the pipe: length of the header, header (JSON), raw bytes of the batch where the header tells a shape. What
-# the worker logs comes in frames, too.
+# Frames on the pipe: length of the header, header (JSON), raw bytes of a batch's rows where the header tells a shape.
+# What the worker logs comes in frames, too.
 
 
 # Signals to the job are the trainer's to answer; the worker goes when its pipe does.
@@ -710,7 +833,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it died at once: `_next` tells how
             self._process.stdin.write(json.dumps({"args": asdict(args), "state": state}).encode())
             self._process.stdin.close()
-        self._start = state
+        self._start, self._seq_len = state, args.seq_len
         self._queue: queue.Queue[tuple[np.ndarray, State] | BaseException] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._receive, name="data-loader", daemon=True)
@@ -777,14 +900,14 @@ class _Worker:
             kind = {"UserError": UserError, "OSError": OSError}.get(header["error"], RuntimeError)
             raise kind(header["message"])
         shape = header["shape"]
-        batch = np.frombuffer(self._read(pipe, 8 * math.prod(shape)), dtype=np.int64).reshape(shape)
-        return batch, {**self._start, "streams": header["streams"]}
+        rows = np.frombuffer(self._read(pipe, 4 * math.prod(shape)), dtype=np.int32).reshape(shape)
+        return make_views(rows, self._seq_len), {**self._start, "streams": header["streams"]}
 
     def _read_header(self, pipe: BinaryIO) -> State:
         return json.loads(self._read(pipe, struct.unpack("<Q", self._read(pipe, 8))[0]))
 
     def _read(self, pipe: BinaryIO, size: int) -> bytearray:
-        data = bytearray(size)  # mutable, so that torch takes the array without a copy and a warning
+        data = bytearray(size)
         view = memoryview(data)
         while view:
             n = pipe.readinto(view)
@@ -834,8 +957,8 @@ def serve_batches(place: int) -> None:
         request = json.loads(sys.stdin.buffer.read())
         fields = request["args"]
         args = DataArgs(**{**fields, "tokenizer": TokenizerArgs(**fields["tokenizer"])})
-        for batch, state in _iterate(args, request["state"], _Place(place).show):
-            send({"shape": batch.shape, "streams": state["streams"]}, memoryview(batch).cast("B"))
+        for rows, state in _iterate(args, request["state"], _Place(place).show):
+            send({"shape": rows.shape, "streams": state["streams"]}, memoryview(rows).cast("B"))
     except BrokenPipeError:
         os._exit(0)  # the trainer is gone; closing the pipe in the ordinary way would only fail again
     except (UserError, OSError) as error:

@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+import orjson
+
 from lingua.errors import UserError
 from lingua.tokenizer import Tokenizer
 
@@ -60,11 +63,16 @@ def parse_document(line: bytes, path: Path, number: int) -> str:
 
     Raises UserError that names file and line.
     """
-    where = f"{path}:{number}"
     try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
-        raise UserError(f"{where}: not a line of JSON ({error})") from None
+        document = orjson.loads(line)  # six times as fast
+    except orjson.JSONDecodeError:  # stricter than `json`, which takes NaN, lone surrogates and a byte order mark
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
+            raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
+    if type(document) is dict and type(text := document.get("text")) is str:
+        return text
+    where = f"{path}:{number}"
     if not isinstance(document, dict):
         raise UserError(f'{where}: a JSON {type(document).__name__}; wanted an object with "text" or "content"')
     keys = [key for key in ("text", "content") if key in document]
@@ -146,6 +154,26 @@ def encode_document(tokenizer: Tokenizer, text: str, add_bos: bool, add_eos: boo
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         problem = f"{kind}{' '.join(str(error).split())[:200]}"
         raise UserError(f"the tokenizer fails on this document ({problem})") from None
+
+
+def encode_documents(
+    tokenizer: Tokenizer, add_bos: bool, add_eos: bool, texts: list[str]
+) -> list[np.ndarray | UserError]:
+    """Of each text its tokens, int32, or in place of them what `encode_document` raises."""
+    try:
+        encoded = tokenizer.encode_batch(texts, add_bos, add_eos)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        if len(texts) > 1:
+            return [one for text in texts for one in encode_documents(tokenizer, add_bos, add_eos, [text])]
+        try:
+            encoded = [encode_document(tokenizer, texts[0], add_bos, add_eos)]
+        except UserError as problem:
+            return [problem]
+    ends = list(itertools.accumulate(map(len, encoded), initial=0))
+    flat = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32, count=ends[-1])
+    return [flat[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def read_documents(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, Place]]:
@@ -283,7 +311,6 @@ class SourceReader:
         self._looks = [look_at(share.path) for share in shares]
         self._touched: set[Path] = set()
         self._next_look = 0.0
-        self._given: Place | None = None  # the last document
 
     def state(self) -> tuple[int, int, int, int, bool, int]:
         return self.share, self.line, self.offset, self.n_pass, self.found, self.faults.n_skipped
@@ -303,7 +330,7 @@ class SourceReader:
             self._file.close()
             self._file = None
 
-    def next_document(self) -> str:
+    def next_document(self) -> tuple[str, Place]:
         self.show(self.shares[self.share].path)
         while True:
             path, first, last, modulus = self.shares[self.share]
@@ -330,19 +357,19 @@ class SourceReader:
             self.offset += size
             if not first <= number % modulus < last or line.isspace():
                 continue
-            self._given = Place(path, number + 1, offset)
+            place = Place(path, number + 1, offset)
             try:
-                text = read_document(line, size, self._given)
+                text = read_document(line, size, place)
             except ValueError as error:
                 self._look()  # the reason, perhaps
                 self.faults.skip(str(error))
                 continue
             self.found = True
-            return text
+            return text, place
 
-    def reject(self, problem: str) -> None:
-        """The document that was given last is of no use."""
-        self.faults.skip(self._given.tell(problem))
+    def reject(self, place: Place, problem: str) -> None:
+        """The document of this place is of no use."""
+        self.faults.skip(place.tell(problem))
 
     def _look(self) -> None:
         self._next_look = time.monotonic() + LOOK_EVERY

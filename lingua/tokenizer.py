@@ -85,6 +85,10 @@ class Tokenizer(ABC):
         EOS is asked for that the tokenizer lacks.
         """
 
+    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[list[int]]:
+        """Return what `encode` returns for each text; may be called by several threads at once."""
+        return [self.encode(text, add_bos, add_eos) for text in texts]
+
     @abstractmethod
     def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
         """Return the text of `tokens`; special ids have none, and bytes that are not UTF-8 become U+FFFD.
@@ -228,6 +232,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         return self._framed(self.model.encode(_utf8(text).decode(), out_type=int), add_bos, add_eos)
+
+    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[list[int]]:
+        # One call for all texts: Python's lock is taken once, and not for each text.
+        self._framed([], add_bos, add_eos)  # raises where there is no such token
+        inputs = [_utf8(text).decode() for text in texts]
+        return self.model.encode(inputs, out_type=int, num_threads=1, add_bos=add_bos, add_eos=add_eos)
 
     def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
         ids, context = self._checked(tokens), ""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lingua.data import (
     Mixture,
     RowPacker,
     SourceReader,
+    TokenReader,
     build_dataloader_from_args,
     check_state_fits,
     find_files,
@@ -81,7 +83,7 @@ def read_texts(root: Path, rank: int = 0, world_size: int = 1, n_passes: int = 1
     reader = SourceReader("a", share_files(find_files(str(root), "a", data.TRAIN_FILES), rank, world_size))
     passes = [[] for _ in range(n_passes + 1)]
     while reader.n_pass < n_passes:
-        text = reader.next_document()
+        text, _ = reader.next_document()
         passes[reader.n_pass].append(text)
     reader.close()
     return passes[:-1]
@@ -233,8 +235,11 @@ class NamedReader:
     def __init__(self, number: int):
         self.number = number
 
-    def next_document(self) -> int:
-        return self.number
+    def next_document(self) -> tuple[int, None]:
+        return self.number, None
+
+    def state(self) -> tuple[int]:
+        return (0,)
 
 
 @given(
@@ -245,7 +250,7 @@ def test_sources_are_drawn_as_numpy_draws_them(weights, seed):
     mixture = Mixture([NamedReader(number) for number in range(len(weights))], weights, seed)
     rng = np.random.default_rng(seed)
     p = np.array(weights) / np.sum(weights)
-    draws = [mixture.next_document() for _ in range(60)]
+    draws = [mixture.next_document().text for _ in range(60)]
     assert draws == [rng.choice(len(weights), p=p) for _ in range(60)]
     assert all(weights[number] > 0 for number in draws)
 
@@ -253,21 +258,23 @@ def test_sources_are_drawn_as_numpy_draws_them(weights, seed):
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-class ListMixture:
-    """Texts from a list, over and over; its state is the place in the list."""
+class ListDocuments:
+    """Tokens of texts from a list, over and over; the place is that in the list."""
 
-    def __init__(self, texts: list[str]):
-        self.texts, self.place = texts, 0
+    def __init__(self, texts: list[str], args: DataArgs):
+        tokenizer = build_tokenizer("bytes")
+        self.tokens = [np.array(tokenizer.encode(text, args.add_bos, args.add_eos), dtype=np.int32) for text in texts]
+        self.place = 0
 
-    def state(self) -> dict:
-        return {"place": self.place}
+    def state(self, place: int) -> dict:
+        return {"place": place}
 
     def restore(self, state: dict) -> None:
         self.place = state["place"]
 
-    def next_document(self) -> str:
+    def next_tokens(self) -> np.ndarray:
         self.place += 1
-        return self.texts[(self.place - 1) % len(self.texts)]
+        return self.tokens[(self.place - 1) % len(self.tokens)]
 
 
 def row_reference(texts, args: DataArgs, n_rows: int) -> np.ndarray:
@@ -293,7 +300,7 @@ ROWS = {
 @given(**ROWS, fills=st.lists(st.integers(0, 4), min_size=1, max_size=6))
 def test_rows_are_cut_from_the_concatenated_tokens(texts, fills, **options):
     args = DataArgs(**options)
-    packer = RowPacker(ListMixture(texts), build_tokenizer("bytes"), args)
+    packer = RowPacker(ListDocuments(texts, args), args)
     rows = np.full((sum(fills), packer.row_len), -1)
     for part in np.split(rows, np.cumsum(fills)[:-1]):
         packer.fill(part)
@@ -303,12 +310,11 @@ def test_rows_are_cut_from_the_concatenated_tokens(texts, fills, **options):
 @given(**ROWS, n_rows=st.integers(1, 12))
 def test_packing_goes_on_from_its_state(texts, n_rows, **options):
     args = DataArgs(**options)
-    tokenizer = build_tokenizer("bytes")
-    packer = RowPacker(ListMixture(texts), tokenizer, args)
+    packer = RowPacker(ListDocuments(texts, args), args)
     rows = row_reference(texts, args, n_rows + 6)
     packer.fill(np.empty((n_rows, packer.row_len)))
 
-    again = RowPacker(ListMixture(texts), tokenizer, args)
+    again = RowPacker(ListDocuments(texts, args), args)
     again.fill(np.empty((1, packer.row_len)))  # restoring forgets what was before
     state = packer.state()
     again.restore(through_json(state))
@@ -321,7 +327,7 @@ def test_packing_goes_on_from_its_state(texts, n_rows, **options):
 
 def test_documents_that_are_used_up_are_not_kept():
     args = DataArgs(seq_len=50, n_views=2)
-    packer = RowPacker(ListMixture(["a", "", "bcd"]), build_tokenizer("bytes"), args)
+    packer = RowPacker(ListDocuments(["a", "", "bcd"], args), args)
     packer.fill(np.empty((500, packer.row_len)))
     assert len(packer._pending) <= 51
 
@@ -338,6 +344,36 @@ def test_empty_documents_in_a_row_are_an_error_from_the_worker(tmp_path):
     write_source(tmp_path, "a", [[""] * 20_000])
     message = refusal(make_args(tmp_path, add_bos=False, add_eos=False, load_async=True))
     assert "documents in a row are empty" in message
+
+
+# --- reading ahead -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_chars", "n_documents"), [(10, 4 * data.CHUNK_DOCUMENTS), (200, 8), (3000, 1)])
+def test_reading_ahead_is_bounded_in_documents_and_characters(tmp_path, monkeypatch, n_chars, n_documents):
+    monkeypatch.setattr(data, "CHUNK_CHARS", 400)
+    monkeypatch.setattr(data, "CHARS_AHEAD", 2500)
+    write_source(tmp_path, "a", [["x" * n_chars] * 10])
+    files = find_files(str(tmp_path), "a", data.TRAIN_FILES)
+    mixture = Mixture([SourceReader("a", share_files(files, 0, 1))], [1.0], (0, 0, 1))
+    with ThreadPoolExecutor(1) as pool:
+        documents = TokenReader(mixture, build_tokenizer("bytes"), DataArgs(), pool, n_ahead=4)
+        assert mixture.mark.n_draws == 0
+        for n_given in range(1, 300):
+            assert len(documents.next_tokens()) == n_chars + 2
+            assert documents.place[0].n_draws == n_given
+            assert n_given <= mixture.mark.n_draws < n_given + n_documents
+
+
+@pytest.mark.parametrize(
+    ("n_cores", "n_ranks", "n_threads"), [(16, None, 16), (16, "8", 2), (4, "8", 1), (256, "", 16)]
+)
+def test_ranks_share_the_cores_of_their_node(monkeypatch, n_cores, n_ranks, n_threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(n_cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if n_ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", n_ranks)
+    assert data.count_threads() == n_threads
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
@@ -929,7 +965,7 @@ def workers() -> list[psutil.Process]:
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "data-loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("data-loader", "tokenizer"))]
 
 
 def open_files() -> int:

@@ -260,6 +260,46 @@ def test_a_tokenizer_that_fails(tmp_path, monkeypatch, caplog, error):
         assert json.dumps(state) == json.dumps(other)
 
 
+@pytest.mark.parametrize("n_documents", [2, 32])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_reading_ahead_changes_no_batch_state_or_error(tmp_path, monkeypatch, on_error, n_documents):
+    """Against a loader that reads a document only when the one before it is used. With `skip` data and tokenizer fail
+    throughout, and else once each.
+    """
+
+    def read_all() -> tuple[list, str]:
+        items = []
+        with opened(args) as loader, contextlib.suppress(UserError):
+            items.extend(itertools.islice(loader, 60))
+            return items, ""
+        with pytest.raises(UserError) as caught:
+            take(args, 61)
+        return items, str(caught.value)
+
+    monkeypatch.setattr(data, "build_tokenizer", lambda name, path: FailingTokenizer(RuntimeError("no luck")))
+    for source in ("a", "b"):
+        lines = with_faults(source, 60, 5)
+        if on_error == "stop":
+            lines = [b'{"text": "fine"}' if line in BAD or b"7" in line else line for line in lines]
+            lines[50] = b"no JSON" if source == "a" else b'{"text": "7"}'
+        write(tmp_path / source / "x.chunk.0.jsonl", lines)
+    for n_views in (1, 2):
+        args = make_args(tmp_path, on_error=on_error, n_views=n_views, add_bos=False, add_eos=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(data, "CHUNK_DOCUMENTS", 1)
+            patched.setattr(data, "CHUNKS_AHEAD", 1)
+            patched.setattr(data, "count_threads", lambda: 1)
+            expected, expected_error = read_all()
+        monkeypatch.setattr(data, "CHUNK_DOCUMENTS", n_documents)
+        items, error = read_all()
+        check_same(items, expected)
+        assert error == expected_error
+        assert bool(error) == (on_error == "stop")
+        assert len(items) >= 20
+        for place in (3, 10):
+            check_same(take(args, 5, json.loads(json.dumps(items[place][1]))), expected[place + 1 : place + 6])
+
+
 def test_a_tokenizer_that_always_fails_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "build_tokenizer", lambda name, path: FailingTokenizer(RuntimeError("no")))
     monkeypatch.setattr(data, "MAX_EMPTY_DOCUMENTS", 300)
@@ -384,7 +424,7 @@ def test_a_change_of_a_long_file_is_seen_after_a_while(tmp_path, monkeypatch):
         now = sources.time.monotonic()
         monkeypatch.setattr(sources.time, "monotonic", lambda: now + sources.LOOK_EVERY + 1)
         with pytest.raises(ValueError, match="has changed from .* bytes since the run began"):
-            list(itertools.islice(loader, 10))
+            list(itertools.islice(loader, 2000))
 
 
 @pytest.mark.parametrize("change", [Path.unlink, cut, replace], ids=lambda change: change.__name__)

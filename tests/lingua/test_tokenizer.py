@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lingua import tokenizer as tokenizer_module
+from lingua.errors import UserError
 from lingua.tokenizer import LLAMA3_SPLIT_PATTERN, SAFE_CUT, TokenizerArgs, build_tokenizer
 
 ENGLISH = "the quick brown fox jumps over lazy dogs and memory layers look up keys"
@@ -145,6 +146,13 @@ def test_ids_are_in_range_and_framed_as_asked(tokenizer, text):
     assert tokenizer.decode([bos, *tokens, eos]) == tokenizer.decode(tokens)
 
 
+@pytest.mark.parametrize(("add_bos", "add_eos"), [*itertools.product([False, True], repeat=2)])
+def test_a_batch_is_encoded_as_its_texts_are(tokenizer, add_bos, add_eos):
+    texts = [*TEXTS, "fox \ud800 dog", "the quick brown fox " * 1000]
+    batch = tokenizer.encode_batch(texts, add_bos, add_eos)
+    assert batch == [tokenizer.encode(text, add_bos, add_eos) for text in texts]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_offsets_point_at_the_tokens(tokenizer, text):
     tokens = tokenizer.encode(text)
@@ -243,6 +251,8 @@ def test_sp_without_a_bos_or_eos_says_so_when_asked_for_one(tmp_path, key):
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
     with pytest.raises(ValueError, match=rf"^data\.add_{key}=true, .* has no {key.upper()} token; .*$"):
         tokenizer.encode("the fox", add_bos=key == "bos", add_eos=key == "eos")
+    with pytest.raises(UserError, match=f"^data.add_{key}=true"):
+        tokenizer.encode_batch(["the fox"], add_bos=key == "bos", add_eos=key == "eos")
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "char"])
