@@ -72,6 +72,7 @@ from lingua.checkpoint_integrity import (
     writing,
 )
 from lingua.config import CheckpointArgs
+from lingua.config import SaveEvery as SaveEvery
 from lingua.data import redistribute_state
 from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, together
 from lingua.errors import UserError

@@ -14,9 +14,9 @@ Suffixes: N tokens, C dim, V words (of this rank).
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lingua.product_key.xformer_embeddingbag import runs_on_triton
+from lingua.sharding import is_split
 
 # The label of tokens without a loss, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
@@ -46,8 +46,10 @@ def linear_cross_entropy(h: torch.Tensor, weight: torch.Tensor, target: torch.Te
     The matrix products are in autocast's type where that is on. Raises RuntimeError for other ids (a GPU reports it
     later, as an assertion that failed).
     """
-    if not isinstance(weight, DTensor):
+    if not is_split(weight):
         return _mean_loss(h, weight, target, "", 1, 0)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     mesh, part = weight.device_mesh, weight.to_local()
     split = (mesh.get_group().group_name, mesh.size(), mesh.get_local_rank() * len(part))
     # Each rank has the share of a token's gradient that comes from its words.

@@ -68,7 +68,7 @@ def test_moves_as_torchs_own():
         memory.value_fixed_lr = None
     table = next(group for group in optimizer.param_groups if group["lr"] != 0.01)
     table["lr"] = 0.01
-    for step in range(4):
+    for step in range(2):
         for trained, its_reducer in ((model, reducer), (other, other_reducer)):
             trained.zero_grad()
             backward(trained, its_reducer, step)
