@@ -76,9 +76,9 @@ QUEUED_BATCHES = 4
 
 # A thread tokenizes a chunk of documents at a time: one that has this number of documents or of characters. It reads no
 # further ahead than this number of chunks a thread, or of characters in all.
-CHUNK_DOCUMENTS = 32
+CHUNK_DOCUMENTS = 64
 CHUNK_CHARS = 2**16
-CHUNKS_AHEAD = 2
+CHUNKS_AHEAD = 4
 CHARS_AHEAD = 2**22
 
 # More threads do not help: what is left to the one thread that reads and packs takes about a tenth of the tokenizer's
