@@ -29,6 +29,16 @@ class BaseTransformerArgs:
 
 
 @dataclass
+class LMTransformerArgs(BaseTransformerArgs):
+    """Config section `model`. `vocab_size` comes from the tokenizer where it is -1, `max_seqlen` from the data."""
+
+    seed: int = 42
+    vocab_size: int = -1
+    weight_tying: bool = False
+    sliding_window: int | None = None
+
+
+@dataclass
 class OptimArgs:
     """Config section `optim`. `name`: one of OPTIMIZERS (lingua/optim.py); `momentum`: Muon's. `value_update: sparse`
     touches only the rows of value tables that a step has read, with `value_rounding: stochastic` rounding bf16 tables

@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lingua.config import (
-    BaseTransformerArgs,
     CheckpointArgs,
     DistributedArgs,
     GuardArgs,
+    LMTransformerArgs,
     LoggingArgs,
     OptimArgs,
     ProfilingArgs,
 )
 from lingua.data import DataArgs
 from lingua.launch import default_environment
-
-
-@dataclass
-class LMTransformerArgs(BaseTransformerArgs):
-    """Config section `model`. `vocab_size` comes from the tokenizer where it is -1, `max_seqlen` from the data."""
-
-    seed: int = 42
-    vocab_size: int = -1
-    weight_tying: bool = False
-    sliding_window: int | None = None
 
 
 @dataclass

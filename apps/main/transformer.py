@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from apps.main.config import LMTransformerArgs
+from lingua.config import LMTransformerArgs
 from lingua.errors import UserError
 from lingua.initialize import truncated_normal
 from lingua.loss import linear_cross_entropy
