@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from lingua.sharding import local_part, local_slices
+from lingua.sharding import in_full, local_part, local_slices, split_like
 
 # Coefficients of the Newton-Schulz iteration, and how often it runs (Jordan et al., 2024).
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -49,14 +48,14 @@ def update(
         if skip is not None:
             grad = torch.where(skip.bool(), 0, grad)  # what is not finite stays so when multiplied by 0
         momentum.add_((grad - momentum) * ((1 - group["momentum"]) * is_kept))
-        direction = _like(grad.lerp(momentum, group["momentum"]), parameter)
+        direction = split_like(grad.lerp(momentum, group["momentum"]), parameter)
         by_shape.setdefault(parameter.shape, []).append((parameter, direction))
     for shape, members in by_shape.items():
         n_at_once = max(AT_ONCE // shape.numel(), 1)
         step_size = group["lr"] * 0.2 * max(shape) ** 0.5 * is_kept
         for first in range(0, len(members), n_at_once):
             some = members[first : first + n_at_once]
-            directions = orthogonalize(torch.stack([_gathered(direction) for _, direction in some]))
+            directions = orthogonalize(torch.stack([in_full(direction) for _, direction in some]))
             for (parameter, _), direction in zip(some, directions, strict=True):
                 weight = local_part(parameter)
                 weight.mul_(1 - group["lr"] * group["weight_decay"] * is_kept)
@@ -75,21 +74,3 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
-
-
-def _like(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """`local`, as this rank's part of a tensor that is split as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed import ProcessGroup, all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
-from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua import muon
@@ -26,7 +25,7 @@ from lingua.errors import UserError
 from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
 from lingua.sharding import local_part
-from lingua.sparse_adamw import SparseAdamW
+from lingua.sparse_adamw import SparseAdamW, fused_adamw, new_adamw_state
 
 VALUE_UPDATES = ("dense", "sparse")
 VALUE_ROUNDINGS = ("nearest", "stochastic")
@@ -266,30 +265,21 @@ def _adamw(
     skip: torch.Tensor | None,
 ) -> None:
     """An OptimizerRule's `update`."""
-    beta1, beta2 = group["betas"]
-    adamw(
+    fused_adamw(
         [local_part(parameter) for parameter in parameters],
         [local_part(parameter.grad) for parameter in parameters],
         [local_part(state["exp_avg"]) for state in states],
         [local_part(state["exp_avg_sq"]) for state in states],
-        [],
         [state["step"] for state in states],
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-        found_inf=skip,
+        group,
+        skip,
     )
 
 
 def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int = 0) -> tuple[AdamW, LambdaLR]:
     """The optimizer of `build_groups` and its schedule.
 
-    With `value_update: sparse` the tables' gradients are noted by rows from now on; clear them by the optimizer's
+    With `value_update: sparse` the tables' gradients are row-sparse from now on; clear them by the optimizer's
     `zero_grad`. `seed`: of stochastic rounding. Raises UserError for arguments that cannot work.
     """
     validate_optim_args(args)
@@ -327,10 +317,10 @@ def make_state(optimizer: AdamW) -> None:
 
 def _new_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the optimizer of the group keeps for a parameter. AdamW, which loads all of it, looks for a `step`."""
+    if "optimizer" not in group:
+        return new_adamw_state(parameter)
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    if "optimizer" in group:
-        return {"step": step, **OPTIMIZERS[group["optimizer"]].new_state(parameter)}
-    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return {"step": step, **OPTIMIZERS[group["optimizer"]].new_state(parameter)}
 
 
 def set_schedule_step(optimizer: AdamW, scheduler: LambdaLR, step: int) -> None:

@@ -21,6 +21,11 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_split(tensor) else tensor
 
 
+def in_full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, on every rank. All ranks that it is split over call it together."""
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
 def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:
     """Where in the whole tensor the first element of this rank's part is."""
     if is_split(tensor):

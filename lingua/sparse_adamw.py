@@ -21,6 +21,45 @@ AT_ONCE = {"cpu": 2**17}
 AT_ONCE_ELSEWHERE = 2**24
 
 
+def new_adamw_state(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What AdamW keeps for a parameter before its first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def fused_adamw(
+    weights: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    means: list[torch.Tensor],
+    squares: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    group: dict[str, Any],
+    skip: torch.Tensor | None,
+) -> None:
+    """PyTorch's fused AdamW, in place, with the options of `group`. Where `skip` is 1 nothing changes."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        weights,
+        grads,
+        means,
+        squares,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        found_inf=skip,
+    )
+
+
 class SparseAdamW(AdamW):
     """AdamW in which the parameters of `row_gradients` have their gradient by rows; all others as ever.
 
@@ -75,9 +114,7 @@ class SparseAdamW(AdamW):
     def _update(self, parameter: nn.Parameter, gradient: RowGradients, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state.update(new_adamw_state(parameter))
         skipped = getattr(self, "found_inf", None)
         if skipped is not None:  # the table may lie in the CPU's memory
             skipped = skipped.to(parameter.device)
@@ -87,7 +124,7 @@ class SparseAdamW(AdamW):
         generator = None
         if self.stochastic and table.dtype == torch.bfloat16:
             generator = self._generator(parameter, int(state["step"]))
-        (beta1, beta2), before = group["betas"], state["step"] - 1
+        before = state["step"] - 1
         slots, rows = gradient.rows()
         at_once = AT_ONCE.get(table.device.type, AT_ONCE_ELSEWHERE)
         if table.device.type == "cpu":
@@ -96,23 +133,7 @@ class SparseAdamW(AdamW):
         for read, grad in bring_rows(slots, rows, table.device, n_rows):
             m, v, weight = (tensor.index_select(0, read).to(dtype) for tensor in (mean, square, table))
             # The dense update of a small table; it counts a step of its own.
-            adamw(
-                [weight],
-                [grad.to(dtype)],
-                [m],
-                [v],
-                [],
-                [before.clone()],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-                found_inf=skipped,
-            )
+            fused_adamw([weight], [grad.to(dtype)], [m], [v], [before.clone()], group, skipped)
             updated = (m, v, weight)
             if generator is not None:
                 updated = _round_at_random(updated, generator)
