@@ -100,6 +100,7 @@ def _sum_of_losses(
     """
     h_NC, weight_VC, wide = h_NC.to(dtype), weight_VC.to(dtype), torch.promote_types(dtype, torch.float32)
     n_words = n_ranks * len(weight_VC)
+    target_N = target_N.contiguous()  # a view of the batch; the kernels read it by its address
     is_valid = ((target_N >= 0) & (target_N < n_words)) | (target_N == IGNORED)
     torch._assert_async(is_valid.all(), f"target: ids must be in [0, {n_words}), or {IGNORED} for tokens to ignore")
     n_tokens = tokens_of_chunk(len(h_NC), len(weight_VC), h_NC.device)

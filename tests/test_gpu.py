@@ -36,7 +36,7 @@ from lingua.profiling import Profiler, ProfilingArgs, Workload
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import attend, create_causal_mask
 from tests.helpers.lookups import DTYPES, check_products, check_rows, check_sums, draw
-from tests.lingua import test_loss
+from tests.lingua import test_loss as loss_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -670,7 +670,7 @@ def test_footprint_is_what_arithmetic_says(peer, recomputed):
 @pytest.mark.parametrize(
     "sizes", [{}, {"shape": (4, 100), "dim": 64, "n_words": 40_003}], ids=["small", "several blocks"]
 )
-@pytest.mark.parametrize("check", test_loss.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", loss_checks.CHECKS, ids=lambda check: check.__name__)
 def test_loss(check, sizes, monkeypatch):
     monkeypatch.setattr("lingua.loss.CHUNK", 50 * 40_003)
     check("cuda", **sizes)
@@ -678,10 +678,10 @@ def test_loss(check, sizes, monkeypatch):
 
 def test_a_compiled_loss():
     """In the models' sizes, through the compiler's own code."""
-    inputs = test_loss.draw((2, 64), 64, 1000, "cuda")
+    inputs = loss_checks.draw((2, 64), 64, 1000, "cuda")
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     for dtype in (torch.float32, torch.bfloat16):
-        results = [test_loss.run(compute, *inputs, dtype) for compute in (compiled, linear_cross_entropy)]
+        results = [loss_checks.run(compute, *inputs, dtype) for compute in (compiled, linear_cross_entropy)]
         assert all(relative_error(mine, eager) < 1e-6 for mine, eager in zip(*results, strict=True))
 
 

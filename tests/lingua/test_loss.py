@@ -26,13 +26,14 @@ def plain(h, weight, target):
 
 
 def draw(shape=(3, 41), dim=24, n_words=37, device="cpu", scale=1.0, seed=0):
-    """(h, weight) in fp64 and targets, some of which do not count."""
+    """(h, weight) in fp64 and targets, some of which do not count: a view of a batch, as in training."""
     random = torch.Generator().manual_seed(seed)
     h = torch.randn(*shape, dim, dtype=torch.float64, generator=random)
     weight = scale * torch.randn(n_words, dim, dtype=torch.float64, generator=random)
     target = torch.randint(n_words, shape, generator=random)
     target[0, : shape[1] // 3] = -100
-    return h.to(device), weight.to(device), target.to(device)
+    batch = torch.stack([torch.zeros_like(target), target], dim=-1).to(device)
+    return h.to(device), weight.to(device), batch[..., 1]
 
 
 def run(compute, h, weight, target, dtype=None, grad=0.3):
