@@ -662,11 +662,8 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
                 )
         missing = sorted(wanted.keys() - found.keys())
         if missing:
-            other = (
-                "a run with another optim.name"
-                if all(key.startswith("optim.") for key in missing)
-                else ("a model with other `model` settings")
-            )
+            is_optimizer = all(key.startswith("optim.") for key in missing)
+            other = "a run with another optim.name" if is_optimizer else "a model with other `model` settings"
             raise UserError(f"{folder}: the checkpoint lacks {_some(missing)}; is it of {other}?")
         repeated = _refuse_surplus(folder, found, wanted, model)
     # A published checkpoint repeats the shared table: the other names must hold the same numbers, which the model

@@ -56,6 +56,7 @@ from lingua.sources import (
     TRAIN_FILES,
     Place,
     SourceReader,
+    count_cores,
     encode_documents,
     find_files,
     has_document,
@@ -142,8 +143,7 @@ def validate_data_args(args: DataArgs) -> None:
 
 def count_threads() -> int:
     """That tokenize: one for each core of this process, which it shares with the other ranks of its node."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(n_cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1), MAX_THREADS)
+    return min(max(count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1), MAX_THREADS)
 
 
 class Mark(NamedTuple):

@@ -39,6 +39,7 @@ from lingua.shuffle_output import (
     text_bytes,
 )
 from lingua.slurm import ask_slurm, partition_minutes, why_waiting
+from lingua.sources import count_cores
 
 # What a process takes before any data: Python, numpy, orjson; and Arrow with its buffers.
 PROCESS_BYTES, ARROW_BYTES = 48_000_000, 72_000_000
@@ -70,8 +71,7 @@ class Resources:
     def n_workers(self, n_tasks: int, files: tuple[InputFile, ...]) -> int:
         wanted = self.workers
         if wanted is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            enough = [n for n in range(2, cores + 1) if self._left(n, files) >= n * shuffle.MIN_SHARE]
+            enough = [n for n in range(2, count_cores() + 1) if self._left(n, files) >= n * shuffle.MIN_SHARE]
             wanted = enough[-1] if enough else 1
         return min(wanted, n_tasks)
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,11 @@ def read_document(line: bytes, size: int, place: Place) -> str:
         raise UserError(f"{error}; the line begins at byte {place.offset}") from None
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def encode_document(tokenizer: Tokenizer, text: str, add_bos: bool, add_eos: bool) -> list[int]:
     """Its tokens. Raises UserError, one line without the place, for whatever goes wrong in the tokenizer."""
     try:
@@ -161,19 +167,16 @@ def encode_documents(
 ) -> list[np.ndarray | UserError]:
     """Of each text its tokens, int32, or in place of them what `encode_document` raises."""
     try:
-        encoded = tokenizer.encode_batch(texts, add_bos, add_eos)
+        return tokenizer.encode_batch(texts, add_bos, add_eos)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         if len(texts) > 1:
             return [one for text in texts for one in encode_documents(tokenizer, add_bos, add_eos, [text])]
         try:
-            encoded = [encode_document(tokenizer, texts[0], add_bos, add_eos)]
+            return [np.array(encode_document(tokenizer, texts[0], add_bos, add_eos), dtype=np.int32)]
         except UserError as problem:
             return [problem]
-    ends = list(itertools.accumulate(map(len, encoded), initial=0))
-    flat = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32, count=ends[-1])
-    return [flat[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def read_documents(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, Place]]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import Optional
 
+import numpy as np
+
 from lingua.errors import UserError
 
 N_TIKTOKEN_SPECIALS = 256
@@ -85,9 +87,9 @@ class Tokenizer(ABC):
         EOS is asked for that the tokenizer lacks.
         """
 
-    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[list[int]]:
-        """Return what `encode` returns for each text; may be called by several threads at once."""
-        return [self.encode(text, add_bos, add_eos) for text in texts]
+    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[np.ndarray]:
+        """Return what `encode` returns for each text, as int32; may be called by several threads at once."""
+        return [np.array(self.encode(text, add_bos, add_eos), dtype=np.int32) for text in texts]
 
     @abstractmethod
     def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
@@ -233,11 +235,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         return self._framed(self.model.encode(_utf8(text).decode(), out_type=int), add_bos, add_eos)
 
-    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[list[int]]:
-        # One call for all texts: Python's lock is taken once, and not for each text.
+    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[np.ndarray]:
+        # One call for all texts and no Python integer per token, so that threads rarely wait for Python's lock.
         self._framed([], add_bos, add_eos)  # raises where there is no such token
         inputs = [_utf8(text).decode() for text in texts]
-        return self.model.encode(inputs, out_type=int, num_threads=1, add_bos=add_bos, add_eos=add_eos)
+        return self.model.encode(inputs, out_type="numpy", num_threads=1, add_bos=add_bos, add_eos=add_eos)
 
     def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
         ids, context = self._checked(tokens), ""

@@ -126,17 +126,17 @@ def measure_checkpoint(args: MeasureArgs) -> dict[str, Any]:
     generator = PackedCausalTransformerGenerator(generator_args, model, tokenizer)
     progress = Progress(people.n, "people measured")
     result = measure(generator.score_batch, tokenizer, people, progress.add)
-    sizes = sizes_of(config)
+    sizes = sizes_of(args.ckpt, config)
     return {**result, **sizes, "bits_per_parameter": result["bits"] / sizes["parameters"]}
 
 
-def sizes_of(config: dict[str, Any]) -> dict[str, int]:
+def sizes_of(ckpt: str, config: dict[str, Any]) -> dict[str, int]:
     """`parameters`, `memory_parameters` (of them, in tables) and `flops_per_token` of a checkpoint's config.
 
     Counted as it was trained: for evaluation in half precision a tied output is a copy of the embedding.
     """
     with torch.device("meta"):
-        trained = LMTransformer(from_dict(LMTransformerArgs, config["model"], "model of the checkpoint"))
+        trained = LMTransformer(from_dict(LMTransformerArgs, config["model"], f"{ckpt}: model"))
     dense, memory = count_parameters(trained)
     flops = count_flops_per_token(trained, config["data"]["seq_len"])
     return {"parameters": dense + memory, "memory_parameters": memory, "flops_per_token": flops}

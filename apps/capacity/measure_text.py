@@ -40,7 +40,8 @@ def measure_text(args: EvalArgs) -> dict[str, Any]:
             measures[f"{what}: {metric}"] = value
         elif metric == "bits_per_byte":
             measures[f"{what}: bits per byte"] = value
-    return {"measures": measures, **sizes_of(read_json(Path(args.ckpt_dir) / CONFIG_FILE, ("data", "model")))}
+    config = read_json(Path(args.ckpt_dir) / CONFIG_FILE, ("data", "model"))
+    return {"measures": measures, **sizes_of(args.ckpt_dir, config)}
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from lingua.distributed import World
 from lingua.errors import UserError
 from lingua.launch import run_main
 from lingua.logger import init_logger
+from lingua.sources import count_cores
 from lingua.tokenizer import build_tokenizer
 from lingua.transformer import hidden_size
 
@@ -73,11 +74,13 @@ class ModelArgs:
 
 @dataclass
 class LadderArgs:
-    """`people` biographies, `exposures` of each; `vocab_size`: of the tokenizer that is trained on such text. Or
-    `steps`: so many, on data and with a tokenizer that `train.data` names; `eval`: how such models are measured, as
-    apps.main.eval takes it. `train`: the training config of all models; seeds, folders and, for biographies, steps and
-    data follow from the rest. `at_once`: runs at a time, spread over the visible GPUs. `minutes`: checkpoint and leave
-    after that long.
+    """Text: biographies of `people`, `exposures` of each, with a tokenizer of `vocab_size` that is trained on them. Or,
+    where `steps` is set, that number of steps on the data and with the tokenizer of `train.data`; `eval`: how such
+    models are measured, as in apps.main.eval.
+
+    `train`: the training config of all models. Seeds, folders and, for biographies, steps and data are set by the
+    ladder. `at_once`: runs at a time, which share the visible GPUs and the CPU cores. `minutes`: checkpoint and leave
+    after that time.
     """
 
     dump_dir: str = ""
@@ -255,17 +258,17 @@ def plan_runs(args: LadderArgs, lengths: list[int] | None = None) -> list[Run]:
         config.setdefault("data", {})
         config["dump_dir"] = str(folder / "runs" / model.name)
         parsed = from_dict(TrainArgs, config, f"models.{model.name}.train")
-        if lengths is None:
-            config["steps"] = args.steps
-        else:
+        steps = args.steps
+        if lengths is not None:
+            needed = math.ceil(SPACE_FOR_LONGER * max(lengths))
+            if parsed.data.seq_len < needed:
+                raise UserError(
+                    f"models.{model.name}.train.data.seq_len: {parsed.data.seq_len} is too short to measure "
+                    f"biographies, which have up to {max(lengths)} tokens; make it {needed} or more"
+                )
             n_tokens = args.people * args.exposures * sum(lengths) / len(lengths)
-            config["steps"] = math.ceil(n_tokens / tokens_per_step(parsed))
-        parsed.steps = config["steps"]
-        if lengths is not None and parsed.data.seq_len < SPACE_FOR_LONGER * max(lengths):
-            raise UserError(
-                f"models.{model.name}.train.data.seq_len: {parsed.data.seq_len} is too short to measure biographies, "
-                f"which have up to {max(lengths)} tokens; make it {math.ceil(SPACE_FOR_LONGER * max(lengths))} or more"
-            )
+            steps = math.ceil(n_tokens / tokens_per_step(parsed))
+        config["steps"] = parsed.steps = steps
         validate_train_args(parsed, World())
         if base is None:
             base = flops(parsed)
@@ -382,7 +385,9 @@ class Worker:
         self.process = self._start("apps.main.train", f"config={run.folder / 'ladder.yaml'}")
 
     def _start(self, module: str, *argv: str) -> subprocess.Popen:
-        environment = dict(os.environ)
+        # Each run has a share of the cores: with more threads than cores, torch's wait for each other.
+        n_threads = max(count_cores() // self.args.at_once, 1)
+        environment = {"OMP_NUM_THREADS": str(n_threads), **os.environ}
         if self.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         self.errors = (self.run.folder / f"{self.stage}.err").open("wb")
