@@ -36,6 +36,9 @@ MAX_LINE_BYTES = 2**25
 # Seconds between two looks at whether the file that is being read is still as it was.
 LOOK_EVERY = 10.0
 
+# Bytes of a file that are read at once. Each read gives Python's lock away, which the tokenizer's threads then hold.
+READ_BYTES = 2**18
+
 # So many faults of a source are told one by one, and after them each tenth, hundredth, ...
 FAULTS_TOLD = 5
 
@@ -339,7 +342,7 @@ class SourceReader:
             path, first, last, modulus = self.shares[self.share]
             try:
                 if self._file is None:
-                    self._file = open(path, "rb")
+                    self._file = open(path, "rb", buffering=READ_BYTES)
                     self._file.seek(self.offset)
                     self._look()
                 elif time.monotonic() > self._next_look:
