@@ -13,6 +13,8 @@ from lingua.product_key.args import ProductKeyArgs
 
 @dataclass
 class BaseTransformerArgs:
+    """`memories`: sections of memories other than product keys, by name (lingua/memories.py)."""
+
     dim: int = 512
     n_layers: int = 8
     head_dim: int | None = None
@@ -26,6 +28,7 @@ class BaseTransformerArgs:
     init_std_factor: str = "disabled"
     max_seqlen: int = 1024
     productkey_args: ProductKeyArgs = field(default_factory=ProductKeyArgs)
+    memories: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lingua.distributed import local_part, reduce_sum
-from lingua.product_key.memory import HashingMemory
+from lingua.memory_layer import MemoryLayer
 from lingua.product_key.slot_use import CHOSEN, LAYERS_PER_BYTE, SAMPLED, SlotUse, is_sampled
 
 # Rows whose change is looked at; where more were read, so many of them are drawn.
@@ -33,7 +33,7 @@ SLOTS_AT_ONCE = 2**22
 
 @dataclass
 class _Layer:
-    memory: HashingMemory
+    memory: MemoryLayer
     use: SlotUse
     # Before an update: slots that were read, how many they stand for, and this rank's part of the tables' rows there.
     slots: torch.Tensor | None = None
@@ -50,7 +50,7 @@ class MemoryUse:
         memories: block number -> its memory, whose parameters lie where they stay.
     """
 
-    def __init__(self, memories: dict[int, HashingMemory]):
+    def __init__(self, memories: dict[int, MemoryLayer]):
         self.layers: dict[int, _Layer] = {}
         readers: dict[int, list[int]] = {}  # table -> blocks that read it
         for number, memory in memories.items():
@@ -58,7 +58,7 @@ class MemoryUse:
         for numbers in readers.values():
             for first in range(0, len(numbers), LAYERS_PER_BYTE):
                 memory = memories[numbers[first]]
-                flags = torch.zeros(memory.size + 1, dtype=torch.uint8, device=memory.keys.device)
+                flags = torch.zeros(memory.size + 1, dtype=torch.uint8, device=memory.device)
                 for place, number in enumerate(numbers[first : first + LAYERS_PER_BYTE]):
                     memories[number].slot_use = SlotUse(flags, place)
                     self.layers[number] = _Layer(memories[number], memories[number].slot_use)

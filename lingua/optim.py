@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lingua import muon
 from lingua.config import OptimArgs
 from lingua.errors import UserError
-from lingua.product_key.memory import HashingMemory
+from lingua.memory_layer import MemoryLayer
 from lingua.product_key.row_gradients import RowGradients
 from lingua.sharding import local_part
 from lingua.sparse_adamw import SparseAdamW, fused_adamw, new_adamw_state
@@ -191,9 +191,13 @@ def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
 # --- groups --------------------------------------------------------------------------------------------------------
 
 
+def _memories(model: nn.Module) -> list[MemoryLayer]:
+    return [module for module in model.modules() if isinstance(module, MemoryLayer)]
+
+
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The model's parameters by kind, each once: `dense`, `values` (tables), `memory` (the rest of the memories)."""
-    memories = [module for module in model.modules() if isinstance(module, HashingMemory)]
+    memories = _memories(model)
     values = {table.weight: None for memory in memories for table in memory.tables}
     memory = {p: None for module in memories for p in module.parameters() if p not in values}
     dense = [p for p in model.parameters() if p not in values and p not in memory]
@@ -202,8 +206,7 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def row_gradients(model: nn.Module) -> dict[nn.Parameter, RowGradients]:
     """Those of the value tables whose gradients stay by rows."""
-    memories = [module for module in model.modules() if isinstance(module, HashingMemory)]
-    by_rows = {table.weight: table.row_gradients for memory in memories for table in memory.tables}
+    by_rows = {table.weight: table.row_gradients for memory in _memories(model) for table in memory.tables}
     return {weight: rows for weight, rows in by_rows.items() if rows is not None and not rows.whole}
 
 
@@ -211,8 +214,9 @@ def build_groups(model: nn.Module, args: OptimArgs) -> list[dict[str, Any]]:
     """The optimizer's groups. One for a dense model; with memories, those of `split_parameters` in its order.
 
     The tables' group has the learning rate `value_fixed_lr` where that is set; the schedule's factor applies to it too.
-    The memories' other parameters train like the dense ones; that they are a group is the published order. What
-    another optimizer than AdamW takes is the last group, which names it by the key `optimizer`.
+    Tables of memories with another learning rate than the first memory's have their own groups, after these. The
+    memories' other parameters train like the dense ones; that they are a group is the published order. What another
+    optimizer than AdamW takes is the last group, which names it by the key `optimizer`.
     """
     kinds = split_parameters(model)
     rule = OPTIMIZERS[args.name]
@@ -220,13 +224,15 @@ def build_groups(model: nn.Module, args: OptimArgs) -> list[dict[str, Any]]:
     left = {kind: [p for p in parameters if p not in set(taken)] for kind, parameters in kinds.items()}
     groups = [{"params": left["dense"], "lr": args.lr}]
     if kinds["values"]:
-        fixed = next(m.value_fixed_lr for m in model.modules() if isinstance(m, HashingMemory))
-        values = {"params": kinds["values"], "lr": args.lr if fixed is None else fixed}
-        if args.value_beta1 is not None:
-            values["betas"] = (args.value_beta1, args.beta2)
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for memory in _memories(model):
+            rate = args.lr if memory.value_fixed_lr is None else memory.value_fixed_lr
+            by_rate.setdefault(rate, []).extend(table.weight for table in memory.own_tables)
+        own = {} if args.value_beta1 is None else {"betas": (args.value_beta1, args.beta2)}
         if args.value_weight_decay is not None:
-            values["weight_decay"] = args.value_weight_decay
-        groups += [values, {"params": left["memory"], "lr": args.lr}]
+            own["weight_decay"] = args.value_weight_decay
+        first, *others = ({"params": tables, "lr": rate, **own} for rate, tables in by_rate.items() if tables)
+        groups += [first, {"params": left["memory"], "lr": args.lr}, *others]
     if taken:
         groups.append({"params": taken, "lr": args.lr, "optimizer": args.name, "momentum": args.momentum})
     return groups
@@ -291,10 +297,9 @@ def build_optimizer(model: nn.Module, args: OptimArgs, n_steps: int, seed: int =
         "fused": True,
     }
     if args.value_update == "sparse":
-        for module in model.modules():
-            if isinstance(module, HashingMemory):
-                for table in module.own_tables:
-                    table.note_rows()
+        for memory in _memories(model):
+            for table in memory.own_tables:
+                table.note_rows()
     optimizer = MixedOptimizer(groups, row_gradients(model), args.value_rounding == "stochastic", seed, **options)
     return optimizer, LambdaLR(optimizer, build_lr_fn(args, n_steps))
 

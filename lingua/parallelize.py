@@ -37,8 +37,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lingua.distributed import DTYPES, DistributedArgs, World, local_part, mesh_sizes, set_group_timeout
 from lingua.errors import UserError
+from lingua.memories import chosen_memories
 from lingua.product_key.colwise_embeddingbag import ColwiseEmbeddingBag
-from lingua.product_key.memory import HashingMemory, memory_layers
 from lingua.product_key.row_gradients import RowGradients
 from lingua.transformer import BaseTransformer, BaseTransformerArgs, FeedForward, head_sizes, hidden_size
 
@@ -68,14 +68,13 @@ def validate_parallelism(
         ):
             if size % tp_size:
                 raise UserError(f"distributed.tp_size: {tp_size} does not divide {name}={size}")
-    memories = model.productkey_args
-    if memory_layers(memories, model.n_layers):
-        columns = memories.mem_v_dim if memories.mem_v_dim > 0 else model.dim
+    for chosen in chosen_memories(model):
+        tables = chosen.layer.tables_of(chosen.args, model.dim)
         for name, size in (("memory_parallel_size", group), ("tp_size", tp_size)):
-            if columns % size:
+            if tables.columns % size:
                 raise UserError(
-                    f"distributed.{name}: {size} does not divide the {columns} columns of the value table "
-                    "(model.productkey_args.mem_v_dim, or model.dim), which are split over so many ranks"
+                    f"distributed.{name}: {size} does not divide the {tables.columns} columns of the value table "
+                    f"({', or '.join(tables.column_keys)}), which are split over that number of ranks"
                 )
     if args.float8_recipe is not None:
         _refuse_float8(args, model, world)
@@ -135,7 +134,7 @@ def parallelize(model: BaseTransformer, args: DistributedArgs, world: World) -> 
     by_rows = splits_tables_by_rows(args, world)
     for block in model.layers:
         # FSDP's gathering of a table in the midst of a block does not go with a choice of what to keep.
-        gathers = by_rows and isinstance(block.feed_forward, HashingMemory)
+        gathers = by_rows and block.memory_layer is not None
         everything = args.checkpoint_each_layer or (args.selective_activation_checkpointing and gathers)
         # Which results to keep is the compiler's to know; a whole block is computed again around it, since torch 2.13
         # cannot compile that where parameters are DTensors.
@@ -224,10 +223,22 @@ def _split_tensors(model: BaseTransformer, mesh: DeviceMesh) -> None:
         "feed_forward.w3": ColwiseParallel(),
         "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
     }
-    own_part = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Shard(1),), use_local_output=True)
     for block in model.layers:
-        is_dense = isinstance(block.feed_forward, FeedForward)
-        parallelize_module(block, mesh, plan | (dense if is_dense else {"feed_forward": own_part}))
+        of_block = plan | (dense if isinstance(block.feed_forward, FeedForward) else {})
+        memory = block.memory_layer
+        if memory is not None:
+            others = (None,) if memory.takes_tokens else ()
+            part = (Shard(1), *others)
+            own_part = PrepareModuleInput(input_layouts=part, desired_input_layouts=part, use_local_output=True)
+            of_block[block.memory_name] = own_part
+            if memory.takes_tokens:
+                memory.register_forward_pre_hook(functools.partial(_take_own_tokens, mesh))
+        parallelize_module(block, mesh, of_block)
+
+
+def _take_own_tokens(mesh: DeviceMesh, _memory: nn.Module, inputs: tuple) -> tuple:
+    x, tokens = inputs
+    return x, tokens.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
 
 
 # Operators whose results are kept for the backward pass under selective checkpointing: matrix products, attention, the
@@ -291,8 +302,8 @@ def _shard(model: BaseTransformer, mesh: DeviceMesh, args: DistributedArgs, by_r
     computing = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        if by_rows and isinstance(block.feed_forward, HashingMemory):
-            for table in block.feed_forward.own_tables:
+        if by_rows and block.memory_layer is not None:
+            for table in block.memory_layer.own_tables:
                 fully_shard(table, **options, mp_policy=computing)
         fully_shard(block, **options, mp_policy=computing, reshard_after_forward=full)
     if isinstance(model.output, nn.Linear):  # not where tied: both ends of the model need the weight then

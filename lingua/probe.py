@@ -43,8 +43,8 @@ from torch import nn
 
 from lingua.distributed import local_part
 from lingua.errors import UserError
+from lingua.memory_layer import MemoryLayer
 from lingua.metrics import drop_metrics_after
-from lingua.product_key.memory import HashingMemory
 from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.transformer import BaseTransformer, Mask, TransformerBlock, apply_rotary
@@ -186,11 +186,11 @@ class _Hooks:
                 self._behind(module, self._linear_output, name)
             elif isinstance(module, TransformerBlock):
                 self._behind(module, self._block, name, first=True)
-                memory, attention = module.feed_forward, module.attention
-                queries = [memory.query_proj.query_mlps[0]] if isinstance(memory, HashingMemory) else []
-                for linear in (attention.wq, attention.wk, *queries):
+                memory, attention = module.memory_layer, module.attention
+                query = None if memory is None else memory.query_linear
+                for linear in filter(None, (attention.wq, attention.wk, query)):
                     self._behind(linear, self._keep_output)
-            elif isinstance(module, HashingMemory):
+            elif isinstance(module, MemoryLayer):
                 self._before(module, self._enter_memory, name)
                 for table in module.own_tables:
                     self._behind(table, self._table, first=True)
@@ -236,28 +236,28 @@ class _Hooks:
     def _block(self, name: str, block: TransformerBlock, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         # Here and not where they come up: selective checkpointing takes account of all products made within a block.
         _, rotation, mask, *_ = inputs
-        attention, memory = block.attention, block.feed_forward
+        attention, memory = block.attention, block.memory_layer
         q, k = (
             apply_rotary(self.outputs.pop(linear).unflatten(-1, (-1, attention.head_dim)), rotation)
             for linear in (attention.wq, attention.wk)
         )
         self.measured.add(f"{name}.attention", "attention_entropy", attention_entropy(q, k, mask))
-        if isinstance(memory, HashingMemory):
-            query = self.outputs.pop(memory.query_proj.query_mlps[0])
-            self.measured.add(f"{name}.feed_forward", "memory_query", query)
-            self.measured.add(f"{name}.feed_forward", "memory_scores", memory.get_indices(query, memory.knn)[0])
+        if memory is not None and memory.query_linear is not None:
+            query, of_memory = self.outputs.pop(memory.query_linear), f"{name}.{block.memory_name}"
+            self.measured.add(of_memory, "memory_query", query)
+            self.measured.add(of_memory, "memory_scores", memory.best_scores(query))
         self.measured.add(name, "residual", output)
         with torch.enable_grad():
             return _Tap.apply(output, None, self._gradient_of(name, "grad_residual"))
 
-    def _enter_memory(self, name: str, _memory: HashingMemory, _inputs: tuple) -> None:
+    def _enter_memory(self, name: str, _memory: MemoryLayer, _inputs: tuple) -> None:
         self.reader = name
 
     def _table(self, _name: str, table: xFormerEmbeddingBag, inputs: tuple, output: torch.Tensor) -> None:
         if self.is_backward:
             return
         memory = self.model.get_submodule(self.reader)
-        own = "values" if not memory.peer_variant else "values_u" if table is memory.tables[0] else "values_v"
+        own = next(name for name, other in zip(memory.table_names, memory.tables, strict=True) if other is table)
         name, weight, slots = f"{self.reader}.{own}", local_part(table.weight.detach()), inputs[0].flatten()
         at_once = max(AT_ONCE // weight.shape[1], 1)
         self.measured.add_parts(

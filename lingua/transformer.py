@@ -17,7 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from lingua.config import BaseTransformerArgs
 from lingua.errors import UserError
 from lingua.initialize import truncated_normal
-from lingua.product_key.memory import HashingMemory, check_sizes, memory_kwargs, memory_layers
+from lingua.memories import chosen_memories
+from lingua.memory_layer import MemoryLayer
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "fmha")
 INIT_STD_FACTORS = ("disabled", "global_depth", "current_depth", "dim_ratio")
@@ -87,19 +88,8 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
     if args.init_std_factor not in INIT_STD_FACTORS:
         raise UserError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
-    if memory_layers(args.productkey_args, args.n_layers):
-        memory = args.productkey_args
-        check_sizes(
-            args.dim,
-            args.dim,
-            memory.mem_n_keys,
-            memory.mem_heads,
-            memory.mem_knn,
-            memory.mem_k_dim,
-            memory.mem_v_dim,
-            memory.peer_variant,
-            memory.value_fixed_lr,
-        )
+    for chosen in chosen_memories(args):
+        chosen.layer.check(chosen.args, args.dim)
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -279,33 +269,65 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """`h = x + attention(norm(x))`, then `h + feed_forward(norm(h))`; the feed-forward may be a memory."""
+    """`h = x + attention(norm(x))`, then `h + feed_forward(norm(h))`.
 
-    def __init__(self, args: BaseTransformerArgs, feed_forward: nn.Module):
+    The feed-forward may be a memory. Another memory may stand beside it, `memory`, whose result is added to the
+    feed-forward's.
+    """
+
+    def __init__(self, args: BaseTransformerArgs, feed_forward: nn.Module, memory: MemoryLayer | None = None):
         super().__init__()
         self.attention = Attention(args.dim, *head_sizes(args))
         self.feed_forward = feed_forward
+        self.memory = memory
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
+    @property
+    def memory_name(self) -> str | None:
+        """The submodule that is a memory: "feed_forward", "memory" or None."""
+        if self.memory is not None:
+            return "memory"
+        return "feed_forward" if isinstance(self.feed_forward, MemoryLayer) else None
+
+    @property
+    def memory_layer(self) -> MemoryLayer | None:
+        return None if self.memory_name is None else getattr(self, self.memory_name)
+
     def reset_parameters(self, std: float | None, factor: float) -> None:
         self.attention.reset_parameters((std or self.attention.wq.in_features**-0.5) / factor)
-        if isinstance(self.feed_forward, HashingMemory):
-            self.feed_forward.reset_parameters()
-        else:
+        if isinstance(self.feed_forward, FeedForward):
             self.feed_forward.reset_parameters(std, factor)
+        if self.memory_layer is not None:
+            self.memory_layer.reset_parameters()
         self.attention_norm.reset_parameters()
         self.ffn_norm.reset_parameters()
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        mask: Mask,
+        attn_impl: str = "sdpa",
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`tokens`: ids, (B, T), for a memory that takes them."""
         h = x + self.attention(self.attention_norm(x), rotation, mask, attn_impl)
-        return h + self.feed_forward(self.ffn_norm(h))
+        normed = self.ffn_norm(h)
+        y = _call(self.feed_forward, normed, tokens)
+        if self.memory is not None:
+            y = y + _call(self.memory, normed, tokens)
+        return h + y
+
+
+def _call(layer: nn.Module, x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    return layer(x, tokens) if isinstance(layer, MemoryLayer) and layer.takes_tokens else layer(x)
 
 
 class BaseTransformer(nn.Module):
     """The stack of blocks, (B, T, C) -> (B, T, C); no embedding, no output.
 
-    The first memory owns the value tables; the later ones are handed it, unless `mem_share_values` is off.
+    The first memory of a kind owns the tables; the later ones are handed it, if that kind shares its tables.
     """
 
     def __init__(self, args: BaseTransformerArgs):
@@ -314,22 +336,26 @@ class BaseTransformer(nn.Module):
         self.max_seqlen = args.max_seqlen
         self.init_base_std, self.init_std_factor = args.init_base_std, args.init_std_factor
         self.rope_embeddings = RotaryEmbedding(args.rope_theta, head_sizes(args)[0], args.max_seqlen)
-        with_memory = memory_layers(args.productkey_args, args.n_layers)
-        owner = None
+        of_block = {block: chosen for chosen in chosen_memories(args) for block in chosen.blocks}
+        owners: dict[str, MemoryLayer] = {}
         self.layers = nn.ModuleList()
         for number in range(args.n_layers):
-            if number in with_memory:
-                feed_forward = HashingMemory(args.dim, args.dim, **memory_kwargs(args.productkey_args), owner=owner)
-                if args.productkey_args.mem_share_values and owner is None:
-                    owner = feed_forward
+            memory, chosen = None, of_block.get(number)
+            if chosen is not None:
+                memory = chosen.layer.build(chosen.args, args.dim, owners.get(chosen.name))
+                if chosen.layer.is_shared(chosen.args):
+                    owners.setdefault(chosen.name, memory)
+            if memory is not None and not memory.is_beside:
+                self.layers.append(TransformerBlock(args, memory))
             else:
                 feed_forward = FeedForward(args.dim, args.multiple_of, args.ffn_dim_multiplier)
-            self.layers.append(TransformerBlock(args, feed_forward))
+                self.layers.append(TransformerBlock(args, feed_forward, memory))
+        self.takes_tokens = any(memory.takes_tokens for memory in self.memories().values())
         self.register_load_state_dict_pre_hook(_canonicalize_before_loading)
 
-    def memories(self) -> dict[int, HashingMemory]:
+    def memories(self) -> dict[int, MemoryLayer]:
         """Block number -> its memory, for the blocks that have one."""
-        return {i: b.feed_forward for i, b in enumerate(self.layers) if isinstance(b.feed_forward, HashingMemory)}
+        return {i: block.memory_layer for i, block in enumerate(self.layers) if block.memory_layer is not None}
 
     def keep_values_on_cpu(self, device: torch.device) -> None:
         """Value tables stay in the CPU's memory from now on, and all else is computed on `device`."""
@@ -343,15 +369,15 @@ class BaseTransformer(nn.Module):
         Raises UserError where the repeated tables differ: the checkpoint is of a model with separate ones. Tensors may
         be on the meta device, where only shapes can be told apart.
         """
-        owners: dict[HashingMemory, str] = {}
+        names: dict[MemoryLayer, str] = {}
         for number, memory in self.memories().items():
-            here = f"{prefix}layers.{number}.feed_forward."
-            if not memory._owner:
-                owners[memory] = here
+            here = names[memory] = f"{prefix}layers.{number}.{self.layers[number].memory_name}."
+            if memory.owner is memory:
                 continue
-            for name in ("values_u.weight", "values_v.weight") if memory.peer_variant else ("values.weight",):
+            for name in memory.table_names:
+                name += ".weight"
                 repeated = state_dict.pop(here + name, None)
-                owners_key = owners[memory._owner[0]] + name
+                owners_key = names[memory.owner] + name
                 if repeated is None:
                     continue
                 kept = state_dict.setdefault(owners_key, repeated)
@@ -381,10 +407,11 @@ class BaseTransformer(nn.Module):
         mask: Mask | list[Mask] = "causal",
         attn_impl: str = "sdpa",
         seqlen: int | None = None,
+        tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`tok_idx`: positions of the tokens, (T,) or (B, T), where they are not 0..T-1. `mask`: one for all blocks, or
         a list with one for each. `seqlen`: T, where `h` is a part of the sequence (which tensor parallelism splits) and
-        the blocks see to the rest.
+        the blocks see to the rest. `tokens`: ids, (B, T), for memories that take them.
 
         Raises UserError for more tokens than max_seqlen.
         """
@@ -393,8 +420,9 @@ class BaseTransformer(nn.Module):
             raise UserError(f"{seqlen} tokens are more than the model's max_seqlen={self.max_seqlen}")
         rotation = self.rope_embeddings(seqlen=seqlen, tok_idx=tok_idx)
         masks = mask if isinstance(mask, list) else [mask] * len(self.layers)
+        of_tokens = (tokens,) if self.takes_tokens else ()
         for block, of_block in zip(self.layers, masks, strict=True):
-            h = block(h, rotation, of_block, attn_impl)
+            h = block(h, rotation, of_block, attn_impl, *of_tokens)
         return h
 
 

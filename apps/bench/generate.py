@@ -76,9 +76,7 @@ def bytes_per_step(model: LMTransformer, batch: int, length: int, dtype: torch.d
     """What one more token of each sequence must read: weights but embedding and tables, rows of those, the cache."""
     dense, _ = count_parameters(model)
     weights = (dense - model.tok_embeddings.weight.numel()) * dtype.itemsize
-    rows = sum(
-        m.heads * m.knn * m.v_dim * len(m.tables) * m.tables[0].weight.element_size() for m in model.memories().values()
-    )
+    rows = sum(m.reads * m.v_dim * len(m.tables) * m.tables[0].weight.element_size() for m in model.memories().values())
     attention = model.layers[0].attention
     cache = 2 * attention.n_kv_heads * attention.head_dim * length * len(model.layers) * dtype.itemsize
     return weights + batch * (rows + cache)

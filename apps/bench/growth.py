@@ -40,6 +40,7 @@ from lingua.data import DataArgs
 from lingua.distributed import DTYPES, DistributedArgs, World
 from lingua.errors import UserError
 from lingua.launch import run_main
+from lingua.memory_layer import MemoryLayer
 from lingua.optim import VALUE_UPDATES, OptimArgs
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 
@@ -108,14 +109,14 @@ def _synchronize(args: BenchArgs) -> None:
 def measure_layer(args: BenchArgs, n_keys: int | None) -> dict[str, float]:
     """The last block's memory or feed-forward: its parts, forward, and forward and backward."""
     layer = build_model(train_args(args, n_keys)).layers[-1].feed_forward.to_empty(device=args.device)
-    if isinstance(layer, HashingMemory):
+    if isinstance(layer, MemoryLayer):
         layer.reset_parameters()
     else:
         layer.reset_parameters(std=None, factor=1.0)
     torch.manual_seed(0)
     x = torch.randn(1, args.tokens, args.dim, device=args.device, requires_grad=True)
     grad = torch.randn_like(x)
-    parts = measure_parts(args, layer, x[0]) if isinstance(layer, HashingMemory) else {}
+    parts = measure_parts(args, layer, x[0]) if isinstance(layer, MemoryLayer) else {}
 
     def forward() -> torch.Tensor:
         with autocast(args):

@@ -273,8 +273,14 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
                 f"validation.sources: nothing to validate on, and no training source has {VALIDATION_FILES}; "
                 "name one, and its folder in validation.root_dir"
             )
-        if files and args.validation.slot_reads is not None and not model.memories():
-            raise UserError(f"validation.slot_reads: the model of {args.ckpt_dir} has no memories; leave it out")
+        if (
+            files
+            and args.validation.slot_reads is not None
+            and not any(memory.query_linear is not None for memory in model.memories().values())
+        ):
+            raise UserError(
+                f"validation.slot_reads: the model of {args.ckpt_dir} has no memories that search; leave it out"
+            )
     if args.harness is not None:
         from apps.main import harness
 

@@ -20,8 +20,9 @@ from lingua.data import QUEUED_BATCHES
 from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.errors import UserError
 from lingua.loss import tokens_of_chunk
+from lingua.memories import chosen_memories
+from lingua.memory_layer import Part
 from lingua.optim import OPTIMIZERS
-from lingua.product_key.memory import memory_layers
 from lingua.transformer import head_sizes, hidden_size
 
 if TYPE_CHECKING:
@@ -41,65 +42,46 @@ class Need(NamedTuple):
     bytes: float
 
 
-class Parameters(NamedTuple):
-    what: str
-    keys: tuple[str, ...]
-    count: int
-
-
-def count_parameters_by_part(args: TrainArgs) -> list[Parameters]:
-    """All of a model's parameters, the value tables last."""
-    model, memory = args.model, args.model.productkey_args
+def count_parameters_by_part(args: TrainArgs) -> tuple[list[Part], list[Part]]:
+    """All of a model's parameters but the value tables, and the value tables of each kind of memory."""
+    model = args.model
     head_dim, n_heads, n_kv_heads = head_sizes(model)
-    n_memories = len(memory_layers(memory, model.n_layers))
-    v_dim = memory.mem_v_dim if memory.mem_v_dim > 0 else model.dim
     hidden = hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
     attention = 2 * model.dim * head_dim * (n_heads + n_kv_heads)
-    query = (model.dim + 1) * memory.mem_heads * memory.mem_k_dim
-    if memory.mem_qk_norm:
-        query += 2 * (memory.mem_k_dim // 2)
-    keys = 2 * memory.mem_heads * memory.mem_n_keys * (memory.mem_k_dim // 2)
-    projections = (model.dim + 1) * v_dim if memory.swilu_projection else 0
-    if memory.swilu_projection or memory.mem_v_dim > 0:
-        projections += (v_dim + 1) * model.dim
-    if memory.mem_gated:
-        projections += model.dim + 1
-    n_tables = (min(n_memories, 1) if memory.mem_share_values else n_memories) * (2 if memory.peer_variant else 1)
-    key = "model.productkey_args."
-    return [
-        Parameters(
+    memories, tables, n_replaced = [], [], 0
+    for chosen in chosen_memories(model):
+        n_replaced += 0 if chosen.layer.is_beside else len(chosen.blocks)
+        memories += [
+            part._replace(count=len(chosen.blocks) * part.count)
+            for part in chosen.layer.parts_of(chosen.args, model.dim)
+        ]
+        own = chosen.layer.tables_of(chosen.args, model.dim)
+        n_tables = own.number * (1 if chosen.layer.is_shared(chosen.args) else len(chosen.blocks))
+        tables.append(Part("value tables", own.keys, n_tables * own.rows * own.columns))
+    dense = [
+        Part(
             "embedding and output",
             ("model.vocab_size", "model.dim"),
             model.vocab_size * model.dim * (1 if model.weight_tying else 2),
         ),
-        Parameters(
+        Part(
             "attention",
             ("model.n_layers", "model.dim", "model.head_dim", "model.n_heads", "model.n_kv_heads"),
             model.n_layers * (attention + 2 * model.dim) + model.dim,
         ),
-        Parameters(
+        Part(
             "feed-forwards",
             ("model.n_layers", "model.dim", "model.multiple_of", "model.ffn_dim_multiplier"),
-            (model.n_layers - n_memories) * 3 * model.dim * hidden,
-        ),
-        Parameters(
-            "memories' queries and keys",
-            (f"{key}mem_heads", f"{key}mem_k_dim", f"{key}mem_n_keys", "model.dim"),
-            n_memories * (query + keys),
-        ),
-        Parameters("memories' projections", (f"{key}mem_v_dim", "model.dim"), n_memories * projections),
-        Parameters(
-            "value tables",
-            (f"{key}mem_n_keys", f"{key}mem_v_dim", "model.dim"),
-            n_tables * memory.mem_n_keys**2 * v_dim,
+            (model.n_layers - n_replaced) * 3 * model.dim * hidden,
         ),
     ]
+    return [*dense, *memories], tables
 
 
 def dense_needs(args: TrainArgs, world: World) -> list[Need]:
     """All parameters but the value tables, their gradients and the least that the optimizer keeps of them."""
     _, shard, tp_size = mesh_sizes(args.distributed, world)
-    *dense, _ = count_parameters_by_part(args)
+    dense, _ = count_parameters_by_part(args)
     ranks = shard * tp_size
     rule = OPTIMIZERS[args.optim.name]
     copies = 2 + (2 if rule is None else min(rule.moments, 2))
@@ -111,13 +93,19 @@ def dense_needs(args: TrainArgs, world: World) -> list[Need]:
 def table_needs(args: TrainArgs, world: World) -> list[Need]:
     """The value tables, and their gradients and moments."""
     _, shard, tp_size = mesh_sizes(args.distributed, world)
-    *_, tables = count_parameters_by_part(args)
+    _, tables = count_parameters_by_part(args)
     table_ranks = args.distributed.memory_parallel_size * tp_size
     copies = 3 if args.optim.value_update == "sparse" else 4
     size = 2 if args.distributed.model_dtype == "bf16" else 4
-    split = tables.count / (table_ranks if table_ranks > 1 else shard)
-    what = f"{tables.what}, with {'' if copies == 3 else 'gradients and '}moments"
-    return [Need(what, tables.keys, copies * size * split)]
+    ranks = table_ranks if table_ranks > 1 else shard
+    return [
+        Need(
+            f"{table.what}, with {'' if copies == 3 else 'gradients and '}moments",
+            table.keys,
+            copies * size * table.count / ranks,
+        )
+        for table in tables
+    ]
 
 
 def activation_needs(args: TrainArgs, world: World) -> Iterator[Need]:
@@ -134,18 +122,18 @@ def activation_needs(args: TrainArgs, world: World) -> Iterator[Need]:
     yield Need("blocks' inputs", (*batch, "model.dim", "model.n_layers"), n_tokens * model.dim * size * model.n_layers)
     # At least one block's whole, where the others' are computed again.
     recomputed = distributed.checkpoint_each_layer or distributed.selective_activation_checkpointing
-    n_memories = len(memory_layers(model.productkey_args, model.n_layers))
+    chosen = chosen_memories(model)
+    n_replaced = sum(len(memory.blocks) for memory in chosen if not memory.layer.is_beside)
     kept = (lambda n_blocks: min(n_blocks, 1)) if recomputed else (lambda n_blocks: n_blocks)
     attention = head_dim * (n_heads + 2 * n_kv_heads)
     keys = (*batch, "model.n_layers", "model.head_dim", "model.n_heads", "model.n_kv_heads")
     yield Need("attention's activations", keys, n_tokens * attention * size * kept(model.n_layers))
     hidden = 2 * hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
     keys = (*batch, "model.n_layers", "model.dim", "model.multiple_of", "model.ffn_dim_multiplier")
-    yield Need("feed-forwards' activations", keys, n_tokens * hidden * size * kept(model.n_layers - n_memories))
-    key = "model.productkey_args."
-    bag = model.productkey_args.mem_heads * model.productkey_args.mem_knn
-    slots_and_weights = n_tokens * bag * (8 + 4) * kept(n_memories)
-    yield Need("slots and weights", (*batch, f"{key}mem_heads", f"{key}mem_knn"), slots_and_weights)
+    yield Need("feed-forwards' activations", keys, n_tokens * hidden * size * kept(model.n_layers - n_replaced))
+    for memory in chosen:
+        slots_and_weights = n_tokens * memory.layer.reads_of(memory.args) * (8 + 4) * kept(len(memory.blocks))
+        yield Need("slots and weights", (*batch, *memory.layer.read_keys), slots_and_weights)
     if model.sliding_window is not None and model.sliding_window < args.data.seq_len:
         yield Need("the mask", ("data.seq_len", "model.sliding_window"), 8 * args.data.seq_len**2)
     yield Need("rotations", ("data.seq_len", "model.head_dim"), 4 * args.data.seq_len * head_dim)

@@ -18,10 +18,10 @@ from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
 from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.loss import tokens_of_chunk
+from lingua.memory_layer import Sizes
 from lingua.memory_use import bytes_held
 from lingua.optim import count_moments, split_parameters
 from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
-from lingua.product_key.memory import HashingMemory
 from lingua.transformer import FeedForward, TransformerBlock
 
 # Of parameters' type: fp32, but for value tables where computing is in bf16.
@@ -94,11 +94,16 @@ class ModelParts:
         self.flops_per_token = count_flops_per_token(model, seq_len)
         self.memories = list(model.memories().values())
         self.tables = split_parameters(model)["values"]
-        self.shares_tables = any(not memory.own_tables for memory in self.memories)
-        alike: dict[tuple[type, bool], list[TransformerBlock]] = {}
+        # Of each table the memories that read it.
+        self.readers = {
+            table: [m for m in self.memories if any(other.weight is table for other in m.tables)]
+            for table in self.tables
+        }
+        alike: dict[tuple[type, type, bool], list[TransformerBlock]] = {}
         for block in model.layers:
-            owns = isinstance(block.feed_forward, HashingMemory) and bool(block.feed_forward.own_tables)
-            alike.setdefault((type(block.feed_forward), owns), []).append(block)
+            memory = block.memory_layer
+            kind = (type(block.feed_forward), type(memory), memory is not None and bool(memory.own_tables))
+            alike.setdefault(kind, []).append(block)
         of_tables = set(self.tables)
         self.blocks = [
             (blocks[0], len(blocks), [p for p in blocks[0].parameters() if p not in of_tables])
@@ -131,6 +136,7 @@ class _Layout:
         self.table_bytes = min((p.element_size() for p in self.tables), default=FP32)
         if self.by_rows:
             self.table_bytes = min(self.table_bytes, self.bytes)
+        self.sizes = Sizes(self.n, self.model.dim, self.bytes, self.table_bytes, self.split, self.fused_norms)
         self.by_columns, self.by_inputs = set(), set()
         if self.tp > 1:
             self._split_by_tensor_parallelism()
@@ -173,18 +179,17 @@ class _Layout:
     def numbered(self) -> list[tuple[nn.Parameter, int]]:
         """All parameters, those that are alike once, with their number."""
         of_blocks = [(p, number) for _, number, parameters in self.parts.blocks for p in parameters]
-        of_tables = [(self.tables[0], len(self.tables))] if self.tables else []
-        return [*of_blocks, *of_tables, *((p, 1) for p in self.parts.ends)]
+        return [*of_blocks, *((p, 1) for p in (*self.tables, *self.parts.ends))]
 
     def footprint(self) -> Footprint:
         sizes = [(p, number, self.held(p) * p.element_size()) for p, number in self.numbered()]
         parameters = sum(number * size for _, number, size in sizes)
         moments = count_moments(self.model, self.args.optim)
         gradients = parameters
-        if self.is_sparse and self.tables:
-            # By rows: in fp32, with a number for each row.
-            table = self.held(self.tables[0]) * self.tables[0].element_size()
-            gradients += len(self.tables) * (self.rows_read(self.n_ranks) * (self.columns() * FP32 + 8) - table)
+        if self.is_sparse:
+            for table in self.tables:  # row-sparse: in fp32, with a number for each row
+                gradients += self.rows_read(table, self.n_ranks) * (self.columns(table) * FP32 + 8)
+                gradients -= self.held(table) * table.element_size()
         copies, activations = self.copies(), self.activations()
         return Footprint(
             dense=self.parts.dense,
@@ -203,27 +208,27 @@ class _Layout:
 
     def diagnostics(self) -> int:
         """Bytes of what is recorded of the memories' use: on every rank, of all slots."""
-        if not self.memories or not self.args.logging.memory_use:
+        if not self.args.logging.memory_use:
             return 0
-        readers = collections.Counter(id(memory.tables[0]) for memory in self.memories)
-        return bytes_held(self.memories[0].size, list(readers.values()), self.device)
+        readers = collections.Counter(memory.owner for memory in self.memories)
+        return sum(bytes_held(owner.size, [number], self.device) for owner, number in readers.items())
 
-    def columns(self) -> int:
+    def columns(self, table: nn.Parameter) -> int:
         """Of a table, on this rank."""
-        return self.memories[0].v_dim // self.split
+        return table.shape[1] // self.split
 
-    def rows_read(self, ranks: int) -> int:
-        """Rows of a table that so many ranks read in a step at the most."""
-        reads = self.memories[0].heads * self.memories[0].knn * (len(self.memories) if self.parts.shares_tables else 1)
-        return min(self.memories[0].size, self.args.grad_acc_steps * self.n * ranks * reads)
+    def rows_read(self, table: nn.Parameter, ranks: int) -> int:
+        """Rows of a table that a number of ranks read in a step at the most."""
+        reads = sum(memory.reads for memory in self.parts.readers[table])
+        return min(table.shape[0], self.args.grad_acc_steps * self.n * ranks * reads)
 
     # --- units of FSDP ---------------------------------------------------------------------------------------------
 
     def units(self) -> list[tuple[str, int, list[nn.Parameter]]]:
         """What FSDP gathers at once, and how many such there are: blocks, tables that are split by rows, the ends."""
         units = [("block", number, parameters) for _, number, parameters in self.parts.blocks]
-        if self.by_rows and self.tables:
-            units.append(("table", len(self.tables), [self.tables[0]]))
+        if self.by_rows:
+            units += [("table", 1, [table]) for table in self.tables]
         embedding, norm, *output = self.parts.ends
         if output:
             return [*units, ("embedding", 1, [embedding]), ("output", 1, output), ("rest", 1, [norm])]
@@ -257,7 +262,7 @@ class _Layout:
     def recomputes(self, block: TransformerBlock) -> str:
         """Of a block's activations: "nothing", "cheap" ones or "everything"."""
         wanted = self.args.distributed
-        gathers = self.by_rows and isinstance(block.feed_forward, HashingMemory)
+        gathers = self.by_rows and block.memory_layer is not None
         if wanted.checkpoint_each_layer or (wanted.selective_activation_checkpointing and gathers):
             return "everything"
         return "cheap" if wanted.selective_activation_checkpointing else "nothing"
@@ -280,11 +285,12 @@ class _Layout:
         result = self.n * self.model.dim * FP32
         if recomputes == "everything":
             return result
-        parts = self.attention(block, recomputes == "cheap")
-        if isinstance(block.feed_forward, HashingMemory):
-            parts += self.memory(block.feed_forward, recomputes == "cheap")
-        else:
-            parts += self.feed_forward(block, recomputes == "cheap")
+        cheap_again = recomputes == "cheap"
+        parts = self.attention(block, cheap_again) + (0 if cheap_again else self.norm())
+        if isinstance(block.feed_forward, FeedForward):
+            parts += self.feed_forward(block, cheap_again)
+        if block.memory_layer is not None:
+            parts += block.memory_layer.kept_bytes(self.sizes, cheap_again)
         return result + parts
 
     def inputs(self, n_linears: int, tokens: int) -> int:
@@ -311,47 +317,7 @@ class _Layout:
         F = block.feed_forward.w1.out_features // self.tp
         if cheap_again:
             return N * (2 * F + C) * b + self.results_sent()
-        return self.norm() + self.inputs(2, N) + 4 * N * F * b
-
-    def memory(self, memory: HashingMemory, cheap_again: bool) -> int:
-        n, C, b, m = self.n, self.model.dim, self.bytes, self.split
-        R, V = memory.heads * memory.knn, memory.v_dim
-        has_swilu, has_projection = memory.swilu_projection is not None, memory.value_proj is not None
-        is_gated, is_peer = memory.gating is not None, memory.peer_variant
-        table = self.table_bytes
-        query = n * memory.heads * memory.k_dim * b
-        # What the group has gathered: slots and weights of all its tokens.
-        slots, weights = (m * n * R * self.slot_bytes(), m * n * R * table) if m > 1 else (0, 0)
-        if cheap_again:
-            kept = query + n * R * (FP32 + 8) + n * V * table + slots + weights
-            kept += n * V * table if m > 1 else 0
-            kept += (n * V * b if has_swilu else 0) + (n * C * b if has_projection else 0) + (n * b if is_gated else 0)
-            if is_peer:
-                kept += m * n * R * FP32 + (slots + n * C * FP32 + n * R * FP32 if m > 1 else 0)
-            return kept
-        n_linears = 1 + has_swilu + is_gated
-        kept = self.norm() + self.inputs(n_linears, n) + query + n * R * (8 + FP32) + slots + weights
-        if memory.query_norm is not None:
-            halves, keys = 2 * n * memory.heads, memory.keys.numel()
-            kept += halves * (memory.k_dim // 2) * FP32 + (halves + len(memory.keys)) * FP32
-            kept += keys * FP32 if b == FP32 else 0  # the search keeps a copy in 16 bits without the norm, too
-            kept += 0 if self.fused_norms else halves * (memory.k_dim // 2) * FP32 + keys * FP32
-        if m == 1 and (table < FP32 or is_peer):
-            kept += n * R * table  # the weights in the table's type, or times the hidden units
-        if is_peer:
-            kept += 2 * n * R * FP32 + slots  # the hidden units before and behind gelu
-            kept += n * C * FP32 if b < FP32 or m > 1 else 0
-        if has_swilu:
-            kept += n * V * (FP32 + b)
-        if has_projection:
-            kept += n * V * b
-        if is_gated:
-            kept += n * C * (b if has_projection else FP32) + n * b
-        return kept
-
-    def slot_bytes(self) -> int:
-        """Of a slot's number when it is sent."""
-        return 4 if self.memories[0].size <= 2**31 else 8
+        return self.inputs(2, N) + 4 * N * F * b
 
     def at_the_loss(self, gradients: int, copies: int, activations: int) -> int:
         """Bytes where the forward pass turns into the backward one: all activations and what the loss takes."""
@@ -392,15 +358,17 @@ class _Layout:
         """Bytes of what lookups note of the tables' gradients until a step's last batch, and of the sum over ranks."""
         if not self.tables or self.by_rows:
             return 0
-        table = self.tables[0].element_size()
-        size = self.whole(self.tables[0])
-        n_lookups = sum(len(memory.tables) for memory in self.memories) * self.args.grad_acc_steps
-        reads = self.memories[0].heads * self.memories[0].knn
-        note = self.split * self.n * (reads * (4 + table) + self.columns() * table)
-        notes = min(n_lookups * note, len(self.tables) * size * table)
-        if self.is_sparse:  # the notes side by side; its own rows, all ranks', and them sorted
-            return 2 * notes + 3 * FP32 * self.rows_read(self.n_ranks) * self.columns()
-        return notes + FP32 * min(size, REDUCED_AT_ONCE)
+        notes = sum(map(self.noted_of, self.tables))
+        if self.is_sparse:  # the notes side by side; a table's own rows, all ranks', and them sorted
+            rows = max(self.rows_read(table, self.n_ranks) * self.columns(table) for table in self.tables)
+            return 2 * notes + 3 * FP32 * rows
+        return notes + FP32 * min(max(map(self.whole, self.tables)), REDUCED_AT_ONCE)
+
+    def noted_of(self, table: nn.Parameter) -> int:
+        size, columns = table.element_size(), self.columns(table)
+        of_a_batch = sum(memory.reads * (4 + size) + columns * size for memory in self.parts.readers[table])
+        notes = self.args.grad_acc_steps * self.split * self.n * of_a_batch
+        return min(notes, self.whole(table) * size)
 
     # --- what is sent ----------------------------------------------------------------------------------------------
 
@@ -419,7 +387,7 @@ class _Layout:
             self.add_tensor_parallelism(add)
         if self.split > 1:
             for block, number, _ in self.parts.blocks:
-                if isinstance(block.feed_forward, HashingMemory):
+                if block.memory_layer is not None:
                     self.add_lookups(add, block, number)
         if self.tables and not self.by_rows:
             self.add_table_gradients(add)
@@ -430,12 +398,11 @@ class _Layout:
 
     def add_fsdp(self, add) -> None:
         batches = self.args.grad_acc_steps
-        readers = len(self.memories) if self.parts.shares_tables else 1
         for unit, number, parameters in self.units():
             gathered = number * self.gathered_bytes(unit, parameters)
             elements = number * sum(self.padded(p) for p in parameters)
             passes = 1 if unit in ("output", "rest") or not self.is_full else 2
-            passes *= readers if unit == "table" else 1
+            passes *= len(self.parts.readers[parameters[0]]) if unit == "table" else 1
             add("all-gather", "dp_shard", self.shard, batches * passes * gathered)
             add("reduce-scatter", "dp_shard", self.shard, batches * FP32 * elements)
             add("all-reduce", "dp_replicate", self.replicate, FP32 * elements // self.shard)
@@ -453,35 +420,23 @@ class _Layout:
         times = batches if self.data_ranks > 1 else 1
         summed = times * self.held(self.model.norm.weight)
         for block, number, parameters in self.parts.blocks:
-            pairs = number if isinstance(block.feed_forward, HashingMemory) else 2 * number
+            pairs = 2 * number if isinstance(block.feed_forward, FeedForward) else number
             both_ways(pairs * N * C * (FP32 + b), pairs * N * C * (FP32 + b))
             if self.recomputes(block) == "everything":  # up to what the last product reads
                 both_ways(pairs * N * C * FP32, number * N * C * b)
             # Of norms and memories each rank has seen a part of the sequence.
             norms = {block.attention_norm.weight, block.ffn_norm.weight}
             summed += number * times * sum(self.held(p) for p in norms)
-            if isinstance(block.feed_forward, HashingMemory):
-                others = norms.union(block.attention.parameters())
-                summed += number * sum(self.held(p) for p in parameters if p not in others)
+            if block.memory_layer is not None:
+                own = set(block.memory_layer.parameters())
+                summed += number * sum(self.held(p) for p in parameters if p in own)
         add("all-reduce", "tp", self.tp, FP32 * summed)
 
     def add_lookups(self, add, block: TransformerBlock, number: int) -> None:
-        memory = block.feed_forward
         dimension = "tp" if self.tp > 1 else "memory_parallel"
-        n, m, batches = self.n, self.split, self.args.grad_acc_steps * number
-        R, V, table = memory.heads * memory.knn, memory.v_dim, self.table_bytes
-        forwards = 2 if self.recomputes(block) == "everything" else 1
-        # What is computed again ends before the rows come, where nothing reads them for a gradient.
-        is_read = any(part is not None for part in (memory.swilu_projection, memory.value_proj, memory.gating))
-        slots, weights, rows = m * n * R * self.slot_bytes(), m * n * R * table, n * V * table
-        add("all-gather", dimension, m, batches * forwards * (slots + weights))
-        add("all-to-all", dimension, m, batches * ((forwards if is_read else 1) + 1) * rows)
-        add("reduce-scatter", dimension, m, batches * weights)
-        if memory.peer_variant:
-            hidden, x = m * n * R * FP32, n * memory.input_dim * FP32
-            add("all-to-all", dimension, m, batches * (forwards + 1) * x)
-            add("all-gather", dimension, m, batches * (forwards * slots + hidden))
-            add("reduce-scatter", dimension, m, batches * forwards * hidden)
+        is_recomputed = self.recomputes(block) == "everything"
+        for collective, payload in block.memory_layer.sent(self.sizes, is_recomputed):
+            add(collective, dimension, self.split, self.args.grad_acc_steps * number * payload)
 
     def add_table_gradients(self, add) -> None:
         ranks, dimension = self.data_ranks, "dp_replicate"
@@ -492,7 +447,13 @@ class _Layout:
         for table in self.tables:
             if self.is_sparse:
                 # The rows that any rank has read; before, each rank's number of slots, and the slots as int64.
-                add("all-reduce", dimension, ranks, self.rows_read(self.n_ranks) * self.columns() * FP32, True)
-                add("all-gather", dimension, ranks, 8 * ranks * (1 + self.rows_read(self.split)), True)
+                add(
+                    "all-reduce",
+                    dimension,
+                    ranks,
+                    self.rows_read(table, self.n_ranks) * self.columns(table) * FP32,
+                    True,
+                )
+                add("all-gather", dimension, ranks, 8 * ranks * (1 + self.rows_read(table, self.split)), True)
             else:
                 add("all-reduce", dimension, ranks, self.whole(table) * FP32)

@@ -53,8 +53,8 @@ from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
 from lingua.launch import explaining_memory, run_main
 from lingua.logger import init_logger
+from lingua.memory_layer import MemoryLayer
 from lingua.metrics import format_duration
-from lingua.product_key.memory import HashingMemory
 from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
@@ -162,8 +162,9 @@ def _set_dtype(model: LMTransformer, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | xFormerEmbeddingBag):
             module.to(dtype)
-        elif isinstance(module, HashingMemory):
-            module.keys.data = module.keys.data.to(dtype)
+        elif isinstance(module, MemoryLayer):
+            for parameter in module.parameters(recurse=False):  # such as a product-key memory's keys
+                parameter.data = parameter.data.to(dtype)
 
 
 # --- choosing tokens -------------------------------------------------------------------------------------------------

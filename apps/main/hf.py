@@ -143,6 +143,8 @@ def export_hf(ckpt_dir: str | Path, out_dir: str | Path, dtype: str | None = Non
     _library("transformers")
     model, tokenizer, config = load_consolidated_model_and_tokenizer(ckpt_dir)
     args = from_dict(LMTransformerArgs, config["model"], f"model in {ckpt_dir}")
+    if args.memories:
+        raise UserError(f"ckpt_dir: a model with model.memories.{next(iter(args.memories))} has no Hugging Face format")
     add_bos = config["data"]["add_bos"] and tokenizer.bos_id >= 0
     tokenizer_args = TokenizerArgs(**config["data"]["tokenizer"])
     hf_tokenizer = _pretrained_tokenizer(tokenizer_args.name, tokenizer, add_bos, args.max_seqlen)

@@ -10,7 +10,6 @@ from lingua.config import LMTransformerArgs
 from lingua.errors import UserError
 from lingua.initialize import truncated_normal
 from lingua.loss import linear_cross_entropy
-from lingua.product_key.memory import count_lookup_flops
 from lingua.transformer import (
     BaseTransformer,
     Mask,
@@ -135,7 +134,9 @@ class LMTransformer(BaseTransformer):
         if mask is None:
             mask = create_causal_mask(token_values.shape[1], attn_impl, self.sliding_window, token_values.device)
         h = self.tok_embeddings(token_values)
-        h = super().forward(h, tok_idx=tok_idx, mask=mask, attn_impl=attn_impl, seqlen=token_values.shape[1])
+        h = super().forward(
+            h, tok_idx=tok_idx, mask=mask, attn_impl=attn_impl, seqlen=token_values.shape[1], tokens=token_values
+        )
         return self.norm(h)
 
 
@@ -160,5 +161,5 @@ def count_flops_per_token(model: LMTransformer, seq_len: int) -> int:
     width = model.layers[0].attention.wq.out_features
     window = min(model.sliding_window or seq_len, seq_len)
     seen = window - window**2 / (2 * seq_len)
-    lookups = sum(count_lookup_flops(memory) for memory in model.memories().values())
+    lookups = sum(memory.lookup_flops() for memory in model.memories().values())
     return 6 * dense + int(12 * len(model.layers) * width * seen) + lookups

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from apps.main.config import ValidationArgs
 from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length
@@ -327,7 +328,8 @@ def validate_source(
 @contextlib.contextmanager
 def watch_searches(model: LMTransformer, look: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """Calls `look(block number, scores, slots)` of each search of a memory while the context lasts."""
-    for number, memory in model.memories().items():
+    searching = {i: memory for i, memory in model.memories().items() if memory.query_linear is not None}
+    for number, memory in searching.items():
 
         def watched(query: torch.Tensor, knn: int, get_indices=memory.get_indices, number=number):
             scores, slots = get_indices(query, knn)
@@ -338,7 +340,7 @@ def watch_searches(model: LMTransformer, look: Callable[[int, torch.Tensor, torc
     try:
         yield
     finally:
-        for memory in model.memories().values():
+        for memory in searching.values():
             del memory.get_indices
 
 
@@ -346,19 +348,29 @@ def watch_searches(model: LMTransformer, look: Callable[[int, torch.Tensor, torc
 def record_slots(model: LMTransformer) -> Iterator[dict[int, torch.Tensor]]:
     """Block number -> which slots its memory reads while the context lasts, a bool for each slot."""
     used = {
-        number: torch.zeros(memory.size, dtype=torch.bool, device=memory.keys.device)
+        number: torch.zeros(memory.size, dtype=torch.bool, device=memory.device)
         for number, memory in model.memories().items()
     }
 
-    def record(number: int, _scores: torch.Tensor, slots: torch.Tensor) -> None:
-        used[number][slots.flatten()] = True
+    reader = 0  # the memory that is running: tables can be shared
 
-    with watch_searches(model, record):
+    def enter(number: int, _memory: nn.Module, _inputs: tuple) -> None:
+        nonlocal reader
+        reader = number
+
+    def record(_table: nn.Module, inputs: tuple) -> None:
+        used[reader][inputs[0].flatten().long()] = True
+
+    with contextlib.ExitStack() as stack:
+        for number, memory in model.memories().items():
+            stack.callback(memory.register_forward_pre_hook(functools.partial(enter, number)).remove)
+            for table in memory.own_tables[:1]:  # PEER reads the same slots of its second table
+                stack.callback(table.register_forward_pre_hook(record).remove)
         yield used
 
 
 def count_slots(used: dict[int, torch.Tensor], shared: bool) -> dict[str, int]:
-    """How many slots were read on any rank: by each memory, and where they share a table by all of them together."""
+    """How many slots were read on any rank: by each memory, and where all share a table by all of them together."""
     by_layer = {number: slots.cpu().to(torch.uint8) for number, slots in used.items()}
     if dist.is_initialized():
         for slots in by_layer.values():
@@ -387,5 +399,6 @@ def run_validation(
             found = results[source] = validate_source(generator, paths, config["data"], args.max_steps, should_stop)
             logger.info("%s: loss %.4f, %.4f bits per byte", source, found["loss"], found["bits_per_byte"])
     if used:
-        results[MEMORY_SLOTS] = count_slots(used, config["model"]["productkey_args"]["mem_share_values"])
+        owners = {memory.owner for memory in generator.model.memories().values()}
+        results[MEMORY_SLOTS] = count_slots(used, len(owners) == 1)
     return results

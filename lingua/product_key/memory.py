@@ -10,6 +10,7 @@ Shape suffixes: N tokens, C model dim, H heads, K = knn, n keys per half, D = ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -18,33 +19,19 @@ from torch import nn
 
 from lingua.errors import UserError
 from lingua.initialize import normal, uniform, xavier_uniform
+from lingua.memory_layer import MemoryLayer, Part, Sizes, Tables, parse_blocks
+from lingua.product_key import cost
 from lingua.product_key.args import ProductKeyArgs
 from lingua.product_key.search import search
-from lingua.product_key.slot_use import SlotUse
 from lingua.product_key.value_table import SlotProducts, xFormerEmbeddingBag
 
 NORM_EPS = 1e-5
+KEY = "model.productkey_args."
 
 
 def memory_layers(args: ProductKeyArgs, n_layers: int) -> list[int]:
     """The blocks that carry a memory, in order. Raises UserError for a list that does not fit `n_layers` blocks."""
-    if not args.is_enabled:
-        return []
-    key = "model.productkey_args.layers"
-    try:
-        layers = [int(number) for number in args.layers.split(",")]
-    except ValueError:
-        raise UserError(
-            f"{key}: '{args.layers}' is no list of blocks; wanted numbers such as \"4,12,20\", or is_enabled=false"
-        ) from None
-    for layer in layers:
-        if not 0 <= layer < n_layers:
-            raise UserError(
-                f"{key}: there is no block {layer}, the model has 0 to {n_layers - 1} (model.n_layers={n_layers})"
-            )
-    if len(set(layers)) < len(layers):
-        raise UserError(f"{key}: '{args.layers}' names a block twice")
-    return sorted(layers)
+    return parse_blocks(args.layers, n_layers, f"{KEY}layers") if args.is_enabled else []
 
 
 def memory_kwargs(args: ProductKeyArgs) -> dict[str, object]:
@@ -63,7 +50,7 @@ class QueryProjection(nn.Module):
         return self.query_mlps[0](x)
 
 
-class HashingMemory(nn.Module):
+class HashingMemory(MemoryLayer):
     """A product-key memory in place of a feed-forward: (B, T, input_dim) -> (B, T, output_dim).
 
     Raises UserError for sizes that cannot work, named by their config key.
@@ -73,6 +60,8 @@ class HashingMemory(nn.Module):
             them, so they are stored, counted and initialised once. `mem_share_values` itself is for whoever builds a
             model of several memories; one memory by itself has its own table.
     """
+
+    read_keys = (f"{KEY}mem_heads", f"{KEY}mem_knn")
 
     def __init__(
         self,
@@ -91,24 +80,22 @@ class HashingMemory(nn.Module):
         mem_qk_norm: bool = False,
         owner: HashingMemory | None = None,
     ):
-        super().__init__()
+        super().__init__(owner)
         check_sizes(
             input_dim, output_dim, mem_n_keys, mem_heads, mem_knn, mem_k_dim, mem_v_dim, peer_variant, value_fixed_lr
         )
         self.input_dim, self.output_dim = input_dim, output_dim
         self.n_keys, self.heads, self.knn, self.k_dim = mem_n_keys, mem_heads, mem_knn, mem_k_dim
-        self.size = mem_n_keys**2
+        self.size, self.reads = mem_n_keys**2, mem_heads * mem_knn
         self.v_dim = mem_v_dim if mem_v_dim > 0 else output_dim
         self.peer_variant = peer_variant
         self.value_fixed_lr = value_fixed_lr
-        self.slot_use: SlotUse | None = None  # set by whoever wants to know what is read in training
+        self.table_names = ("values_u", "values_v") if peer_variant else ("values",)
 
         self.query_proj = QueryProjection(input_dim, mem_heads * mem_k_dim)
         self.keys = nn.Parameter(torch.empty(2 * mem_heads * mem_n_keys, mem_k_dim // 2))
         self.query_norm = nn.RMSNorm(mem_k_dim // 2, eps=NORM_EPS) if mem_qk_norm else None
         self.key_norm = nn.RMSNorm(mem_k_dim // 2, eps=NORM_EPS) if mem_qk_norm else None
-        # In a tuple, which nn.Module does not look into.
-        self._owner = (owner,) if owner is not None else ()
         if owner is None:
             if peer_variant:
                 self.values_u = SlotProducts(self.size, self.v_dim)
@@ -120,16 +107,73 @@ class HashingMemory(nn.Module):
         self.gating = nn.Linear(input_dim, 1) if mem_gated else None
         self.reset_parameters()
 
-    @property
-    def tables(self) -> tuple[xFormerEmbeddingBag, ...]:
-        """The tables that this layer reads, its own or its owner's: (values,), or (values_u, values_v) for PEER."""
-        holder = self._owner[0] if self._owner else self
-        return (holder.values_u, holder.values_v) if self.peer_variant else (holder.values,)
+    @classmethod
+    def build(cls, args: ProductKeyArgs, dim: int, owner: MemoryLayer | None) -> HashingMemory:
+        return cls(dim, dim, **memory_kwargs(args), owner=owner)
+
+    @classmethod
+    def check(cls, args: ProductKeyArgs, dim: int) -> None:
+        check_sizes(
+            dim,
+            dim,
+            args.mem_n_keys,
+            args.mem_heads,
+            args.mem_knn,
+            args.mem_k_dim,
+            args.mem_v_dim,
+            args.peer_variant,
+            args.value_fixed_lr,
+        )
+
+    @classmethod
+    def tables_of(cls, args: ProductKeyArgs, dim: int) -> Tables:
+        columns = args.mem_v_dim if args.mem_v_dim > 0 else dim
+        keys = (f"{KEY}mem_n_keys", f"{KEY}mem_v_dim", "model.dim")
+        return Tables(2 if args.peer_variant else 1, args.mem_n_keys**2, columns, keys, keys[1:])
+
+    @classmethod
+    def parts_of(cls, args: ProductKeyArgs, dim: int) -> list[Part]:
+        columns = cls.tables_of(args, dim).columns
+        query = (dim + 1) * args.mem_heads * args.mem_k_dim
+        if args.mem_qk_norm:
+            query += 2 * (args.mem_k_dim // 2)
+        keys = 2 * args.mem_heads * args.mem_n_keys * (args.mem_k_dim // 2)
+        projections = (dim + 1) * columns if args.swilu_projection else 0
+        if args.swilu_projection or args.mem_v_dim > 0:
+            projections += (columns + 1) * dim
+        if args.mem_gated:
+            projections += dim + 1
+        searched = (f"{KEY}mem_heads", f"{KEY}mem_k_dim", f"{KEY}mem_n_keys", "model.dim")
+        return [
+            Part("memories' queries and keys", searched, query + keys),
+            Part("memories' projections", (f"{KEY}mem_v_dim", "model.dim"), projections),
+        ]
+
+    @classmethod
+    def reads_of(cls, args: ProductKeyArgs) -> int:
+        return args.mem_heads * args.mem_knn
+
+    @classmethod
+    def is_shared(cls, args: ProductKeyArgs) -> bool:
+        return args.mem_share_values
 
     @property
-    def own_tables(self) -> tuple[xFormerEmbeddingBag, ...]:
-        """The tables that are registered here: those of `tables`, or none where they are the owner's."""
-        return () if self._owner else self.tables
+    def query_linear(self) -> nn.Linear:
+        return self.query_proj.query_mlps[0]
+
+    def best_scores(self, query: torch.Tensor) -> torch.Tensor:
+        return self.get_indices(query, self.knn)[0]
+
+    def kept_bytes(self, sizes: Sizes, cheap_again: bool) -> int:
+        return cost.kept_bytes(self, sizes, cheap_again)
+
+    def sent(self, sizes: Sizes, is_recomputed: bool) -> Iterator[tuple[str, int]]:
+        yield from super().sent(sizes, is_recomputed)
+        if self.peer_variant:
+            yield from cost.sent_for_hidden_units(self, sizes, is_recomputed)
+
+    def reads_result(self) -> bool:
+        return any(part is not None for part in (self.swilu_projection, self.value_proj, self.gating))
 
     def reset_parameters(self) -> None:
         """Keys uniform in +-1/sqrt(k_dim), query Xavier, projections and tables normal with std dim**-0.5, biases 0.
@@ -222,7 +266,7 @@ def check_sizes(
     value_fixed_lr: float | None,
 ) -> None:
     """Raises UserError, one line that names the key, for sizes that cannot work."""
-    key = "model.productkey_args."
+    key = KEY
     for name, value in (("mem_n_keys", n_keys), ("mem_heads", heads), ("mem_knn", knn), ("mem_k_dim", k_dim)):
         if value < 1:
             raise UserError(f"{key}{name}: {value} is too small, it must be 1 or more")
@@ -240,8 +284,3 @@ def check_sizes(
         raise UserError(f"{key}mem_v_dim: {v_dim}, but with peer_variant values have the model's dim; leave it at -1")
     if peer_variant and input_dim != output_dim:
         raise UserError(f"{key}peer_variant: needs an input as wide as the output, found {input_dim} and {output_dim}")
-
-
-def count_lookup_flops(memory: HashingMemory) -> int:
-    """Floating-point operations per token of the lookup itself, forward and backward (multiply and add: 2)."""
-    return 3 * 2 * memory.heads * memory.knn * memory.v_dim * len(memory.tables)
