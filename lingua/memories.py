@@ -15,10 +15,12 @@ from lingua.errors import UserError
 from lingua.memory_layer import MemoryLayer, parse_blocks
 from lingua.product_key.args import ProductKeyArgs
 from lingua.product_key.memory import HashingMemory, memory_layers
+from lingua.token_memory import TokenMemory, TokenMemoryArgs
 
 PRODUCT_KEY = "product_key"
 MEMORIES: dict[str, tuple[type, type[MemoryLayer]]] = {
     PRODUCT_KEY: (ProductKeyArgs, HashingMemory),
+    "tokens": (TokenMemoryArgs, TokenMemory),
 }
 
 

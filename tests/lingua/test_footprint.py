@@ -28,6 +28,8 @@ def config(
     }
 
 
+# Beside the feed-forwards of two blocks, in a model with product keys in others.
+TOKENS = {"memories": {"tokens": {"layers": "0,2", "n_slots": 50, "n_hashes": 3}}}
 BF16, FP32 = {"model_dtype": "bf16"}, {"model_dtype": "fp32"}
 FULL = {"fsdp_type": "full_shard"}
 CASES = {
@@ -58,6 +60,13 @@ CASES = {
         "fp16": config({"mem_gated": True}, distributed={"model_dtype": "fp16"}),
         "sparse": config(optim={"value_update": "sparse"}, distributed=FP32),
         "Muon": config(optim={"name": "muon"}, distributed=BF16),
+        "token memory": config(None, TOKENS, distributed=BF16),
+        "token memory alone, fp32, sparse": config(
+            {"is_enabled": False}, TOKENS, optim={"value_update": "sparse"}, distributed=FP32
+        ),
+        "token memory, selective": config(
+            None, TOKENS, distributed={**BF16, "selective_activation_checkpointing": True}
+        ),
     },
     2: {
         "data parallel": config(distributed=BF16, grad_acc_steps=2),
@@ -81,6 +90,15 @@ CASES = {
         "memory parallel PEER, full_shard": config(
             {"peer_variant": True}, distributed={**BF16, **FULL, "memory_parallel_size": 2}
         ),
+        "token memory, tensor parallel": config(None, TOKENS, distributed={**BF16, "tp_size": 2}),
+        "token memory, memory parallel, sparse": config(
+            None,
+            TOKENS,
+            optim={"value_update": "sparse"},
+            distributed={**FP32, "memory_parallel_size": 2},
+            grad_acc_steps=2,
+        ),
+        "token memory, full_shard": config(None, TOKENS, distributed={**BF16, **FULL}),
         "memory parallel, sparse, checkpointed": config(
             optim={"value_update": "sparse"},
             distributed={**FP32, "memory_parallel_size": 2, "checkpoint_each_layer": True},
