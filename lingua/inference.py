@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lingua.transformer import Attention, BaseTransformer, FeedForward, Mask, apply_rotary, attend
+from lingua.transformer import Attention, BaseTransformer, FeedForward, apply_rotary
 
 # Elements of a weight from which on oneDNN's layout is worth what its operator costs more at each call.
 PACKED_FROM = 2**18
@@ -68,30 +68,30 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class FusedAttention(nn.Module):
-    """Attention whose queries, keys and values are one product; queries and keys are turned together."""
+class FusedAttention(Attention):
+    """Attention whose queries, keys and values are one product; queries and keys are rotated together."""
 
     def __init__(self, attention: Attention):
-        super().__init__()
+        nn.Module.__init__(self)
         self.head_dim, self.n_heads, self.n_kv_heads = attention.head_dim, attention.n_heads, attention.n_kv_heads
         self.wqkv = fast_linear(torch.cat([attention.wq.weight, attention.wk.weight, attention.wv.weight]))
         self.wo = fast_linear(attention.wo.weight)
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
-        together = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        turned, v = together.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=-2)
-        q, k = apply_rotary(turned, rotation).split((self.n_heads, self.n_kv_heads), dim=-2)
-        return self.wo(attend(q, k, v, mask, attn_impl).flatten(-2))
+    def project(self, x: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        rotated, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=-2)
+        q, k = apply_rotary(rotated, rotation).split((self.n_heads, self.n_kv_heads), dim=-2)
+        return q, k, v
 
 
-class FusedFeedForward(nn.Module):
+class FusedFeedForward(FeedForward):
     """SwiGLU whose two first products are one."""
 
     def __init__(self, feed_forward: FeedForward):
-        super().__init__()
+        nn.Module.__init__(self)
         self.w13 = fast_linear(torch.cat([feed_forward.w1.weight, feed_forward.w3.weight]))
         self.w2 = fast_linear(feed_forward.w2.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return gate, up

@@ -243,9 +243,13 @@ class Attention(nn.Module):
         for linear in (self.wq, self.wk, self.wv, self.wo):
             truncated_normal(linear.weight, std)
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
+    def project(self, x: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, T, H, D) and keys (B, T, G, D), rotated to their positions, and values (B, T, G, D)."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
-        y = attend(apply_rotary(q, rotation), apply_rotary(k, rotation), v, mask, attn_impl)
+        return apply_rotary(q, rotation), apply_rotary(k, rotation), v
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: Mask, attn_impl: str = "sdpa") -> torch.Tensor:
+        y = attend(*self.project(x, rotation), mask, attn_impl)
         return self.wo(y.flatten(-2))
 
 
@@ -264,8 +268,13 @@ class FeedForward(nn.Module):
         for linear in (self.w1, self.w2, self.w3):
             truncated_normal(linear.weight, (std or linear.in_features**-0.5) / factor)
 
+    def expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`w1 x` and `w3 x`."""
+        return self.w1(x), self.w3(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.expand(x)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):

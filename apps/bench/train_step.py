@@ -24,12 +24,13 @@ from apps.bench.report import report
 from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import count_flops_per_token, count_parameters
 from lingua.args import parse_args
-from lingua.distributed import DTYPES, World, find_world, process_group, validate_distributed_args
+from lingua.distributed import World, find_world, process_group, validate_distributed_args
 from lingua.errors import UserError
 from lingua.launch import run_main
-from lingua.optim import build_optimizer, clip_gradients
+from lingua.optim import build_optimizer
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.tokenizer import build_tokenizer
+from lingua.training_step import TrainingStep
 
 
 @dataclass
@@ -54,18 +55,13 @@ def build_step(args: TrainArgs, world: World, plain: bool = False) -> tuple[dict
     model.to_empty(device=device)
     model.init_weights()
     optimizer, _ = build_optimizer(model, args.optim, args.steps)
-    dtype = DTYPES[args.distributed.model_dtype]
-    tokens = torch.randint(args.model.vocab_size, (args.data.batch_size, args.data.seq_len + 1), device=device)
+    tokens = torch.randint(args.model.vocab_size, (args.data.batch_size, args.data.seq_len, 2), device=device)
+    training_step = TrainingStep(model, reducer, optimizer, args.distributed.model_dtype, device)
 
     def step() -> None:
-        reducer.begin(last=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        reducer.finish()
-        clip_gradients(model, args.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        training_step.backward([tokens], 1)
+        training_step.clip(args.optim.clip)
+        training_step.update()
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -1,6 +1,6 @@
 """A ladder of models trained on the same text: what they have learned over the size of the memory's table.
 
-    python -m apps.capacity.run config=apps/capacity/configs/cpu.yaml      # under an hour on 2 cores
+    python -m apps.capacity.run config=apps/capacity/configs/cpu.yaml      # half an hour on 2 cores
     python -m apps.capacity.run config=apps/capacity/configs/gpu.yaml      # one GPU; `minutes=9` stops in time
     python -m apps.capacity.run config=apps/capacity/configs/text.yaml     # likewise, on real text
 

@@ -83,7 +83,6 @@ from lingua.guards import (
     Guard,
     check_weights,
     refuse_optimizer,
-    seed_of_backward,
     validate_guard_args,
 )
 from lingua.launch import StopSignal, explaining_memory, run_main, set_environment, validate_environment
@@ -102,7 +101,6 @@ from lingua.metrics import (
 from lingua.optim import (
     OptimArgs,
     build_optimizer,
-    clip_gradients,
     find_jump,
     find_oddities,
     make_state,
@@ -114,6 +112,7 @@ from lingua.parallelize import local_bytes, parallelize, reshard, splits_tables_
 from lingua.probe import append_probe, drop_probes_after, probe
 from lingua.profiling import Profiler, Workload, validate_profiling_args
 from lingua.tokenizer import build_tokenizer
+from lingua.training_step import TrainingStep
 from lingua.watch import WAITING_FOR_RANKS, Watch
 
 logger = logging.getLogger(__name__)
@@ -371,6 +370,8 @@ class Run:
         self.model.to_empty(device=device)
         self.model.init_weights()
         self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps, args.seed)
+        model_dtype = args.distributed.model_dtype
+        self.training_step = TrainingStep(self.model, self.reducer, self.optimizer, model_dtype, device)
         with together():
             refuse_optimizer(self.optimizer)
         if resume_from is not None:
@@ -387,10 +388,6 @@ class Run:
         if resume_from is not None and not self.memory_use.load(from_first_rank(self.slots_read)):
             logger.warning("%s does not tell which memory slots were read: counted from here on", resume_from)
 
-    def autocast(self) -> torch.autocast:
-        dtype = DTYPES[self.args.distributed.model_dtype]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
-
     def fetch(self, loader: Iterator[Batch], n_steps: int) -> None:
         """Makes sure that the batches of the next `n_steps` are in `fetched`, up to an error (`data_error`)."""
         self.watch.at("waiting for data", self.step + 1)
@@ -406,46 +403,38 @@ class Run:
 
     def train_step(self, batches: list[Batch]) -> Step:
         """All batches forward and backward; gradients are averaged over ranks, clipped and used once."""
-        n_batches, acc_freq = self.args.grad_acc_steps, self.args.logging.acc_freq
-        loss_sum = torch.zeros((), device=self.world.device)
         self.latest_batches[self.step + 1] = batches
-        for number, (batch, self.loader_state) in enumerate(batches, start=1):
-            tokens = torch.from_numpy(batch).to(self.world.device)
-            self.reducer.begin(last=number == n_batches)
-            with self.autocast():
-                loss = self.model(tokens[..., 0], tokens[..., 1])
-            (loss / n_batches).backward(seed_of_backward(loss))
-            loss_sum += loss.detach()
-            if acc_freq is not None and number < n_batches and number % acc_freq == 0:
-                with together():
-                    self.log_batches(number, loss_sum / number)
-        self.reducer.finish()
-        norms = clip_gradients(self.model, self.args.optim.clip)
+        self.loader_state = batches[-1][1]
+        loss = self.training_step.backward(map(self.on_device, batches), len(batches), self.log_batches)
+        norms = self.training_step.clip(self.args.optim.clip)
         if self.logs(self.step + 1):
             self.memory_use.before_update(seed=self.step)
-        self.optimizer.found_inf = self.guard.decide(self.step + 1, loss_sum / n_batches, norms)
-        self.optimizer.step()
+        self.training_step.update(skip=self.guard.decide(self.step + 1, loss, norms))
         self.scheduler.step()
-        self.optimizer.zero_grad()
         self.step += 1
         self.total_tokens += self.tokens_per_step * self.data_ranks
         self.stopwatch.count_step()
-        return Step(loss_sum / n_batches, *norms)
+        return Step(loss, *norms)
+
+    def on_device(self, batch: Batch) -> torch.Tensor:
+        return torch.from_numpy(batch[0]).to(self.world.device)
 
     def compute_again(self, step: int) -> None:
         """The forward passes of one of the latest steps, with the weights of now."""
-        for batch, _ in self.latest_batches[step]:
-            tokens = torch.from_numpy(batch).to(self.world.device)
-            with self.autocast():
-                self.model(tokens[..., 0], tokens[..., 1])
+        for batch in self.latest_batches[step]:
+            self.training_step.loss(self.on_device(batch))
         reshard(self.model)
 
-    def log_batches(self, acc_step: int, loss: torch.Tensor) -> None:
-        """The loss within a step, over its first `acc_step` batches."""
-        mean = self.mean_over_ranks(loss)
-        if self.metrics is not None:
-            self.metrics.log({"global_step": self.step, "acc_step": acc_step, "loss/out": mean})
-            logger.info("step: %s  acc: %s  loss: %.4f", self.step, acc_step, mean)
+    def log_batches(self, n_done: int, loss_sum: torch.Tensor) -> None:
+        """The loss within a step, over its first `n_done` batches, where logging.acc_freq asks for it."""
+        acc_freq = self.args.logging.acc_freq
+        if acc_freq is None or n_done == self.args.grad_acc_steps or n_done % acc_freq:
+            return
+        with together():
+            mean = self.mean_over_ranks(loss_sum / n_done)
+            if self.metrics is not None:
+                self.metrics.log({"global_step": self.step, "acc_step": n_done, "loss/out": mean})
+                logger.info("step: %s  acc: %s  loss: %.4f", self.step, n_done, mean)
 
     def log_step(self, step: Step) -> None:
         self.watch.at("logging", self.step)
@@ -489,11 +478,7 @@ class Run:
         start = time.perf_counter()
         tokens = torch.from_numpy(batches[0][0][:1]).to(self.world.device)
 
-        def compute_loss() -> torch.Tensor:
-            with self.autocast():
-                return self.model(tokens[..., 0], tokens[..., 1])
-
-        records = probe(self.model, compute_loss)
+        records = probe(self.model, lambda: self.training_step.loss(tokens))
         append_probe(Path(self.args.dump_dir), self.step, self.world.rank, records)
         logger.info("probe of step %s: %s tensors in %.2f s", self.step, len(records), time.perf_counter() - start)
         self.stopwatch.restart_lap()

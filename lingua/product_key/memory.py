@@ -107,6 +107,10 @@ class HashingMemory(MemoryLayer):
         self.gating = nn.Linear(input_dim, 1) if mem_gated else None
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        shared = ", table of an earlier memory" if self.owner is not self else ""
+        return f"{self.size:,} slots, {self.heads} heads of {self.knn}, keys of {self.k_dim}{shared}"
+
     @classmethod
     def build(cls, args: ProductKeyArgs, dim: int, owner: MemoryLayer | None) -> HashingMemory:
         return cls(dim, dim, **memory_kwargs(args), owner=owner)

@@ -24,6 +24,12 @@ class xFormerEmbeddingBag(nn.Module):
         self.computed_on: torch.device | None = None
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        rows, columns = self.weight.shape
+        n_bytes = self.weight.numel() * self.weight.element_size()
+        where = ", in CPU RAM" if self.computed_on is not None else ""
+        return f"{rows:,} rows of {columns}, {self.weight.dtype}, {n_bytes / 2**20:,.1f} MiB{where}"
+
     def reset_parameters(self) -> None:
         normal(self.weight, std=self.weight.shape[1] ** -0.5, drawn_on=self.computed_on)
 

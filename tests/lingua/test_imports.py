@@ -103,3 +103,14 @@ def test_training_imports_evaluation_and_jobs_where_they_are_asked_for():
         "transformers",
         "wandb",
     }
+
+
+def test_public_names():
+    """`import lingua` loads nothing; each name loads what it needs."""
+    code = "import lingua, sys; assert 'torch' not in sys.modules; "
+    code += "from lingua import HashingMemory, LMTransformer, load_checkpoint; print(lingua.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(".") == 2
+    done = subprocess.run([sys.executable, "-c", "import lingua; lingua.x"], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'lingua' has no attribute 'x'"
