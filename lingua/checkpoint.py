@@ -125,7 +125,7 @@ class CheckpointManager:
         self.saved = 0
         self.seconds: float | None = None
         self.passed_over: dict[int, str] = {}
-        self._left: set[int] = set()  # what retention could not remove, and has told of
+        self._left: set[int] = set()  # what retention could not remove, and has reported
         self._group: dist.ProcessGroup | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None

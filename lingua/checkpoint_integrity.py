@@ -46,7 +46,7 @@ REMEDY = f"copy it anew, or if you have edited it, take it out of {CHECKSUMS_FIL
 READERS = 4
 SECONDS_BETWEEN_REPORTS = 5
 
-# (first byte, byte behind the last) of what is wanted of a file; None for all of it.
+# (first byte, byte after the last) of what is wanted of a file; None for all of it.
 Spans = list[tuple[int, int]] | None
 
 

@@ -99,7 +99,7 @@ class DistributedArgs:
     # Steps between the checks for stop signals, errors in the data and bad steps, at each of which all ranks wait for
     # each other; null: every step on few ranks, about every 5 seconds on more (lingua/distributed.py).
     check_every: int | None = None
-    # Read, so that published configs load: the data loader's worker is a program of its own, whatever this says.
+    # Read, so that published configs load: the data loader's worker is its own program, whatever this says.
     spawn_method: str = "forkserver"
 
 
@@ -128,7 +128,7 @@ class CheckpointArgs:
 
 @dataclass
 class ProfilingArgs:
-    """The memory of `mem_steps` steps is recorded behind `mem_warmup` ones, `profile_steps` are traced behind
+    """The memory of `mem_steps` steps is recorded after `mem_warmup` ones, `profile_steps` are traced after
     `profile_warmup` (0 steps: not at all). `trace_folder` is one of dump_dir, unless it begins with a slash.
     """
 
@@ -157,7 +157,7 @@ class GuardArgs:
     """Config section `guard`.
 
     `max_bad_steps`: how many steps of the last `window` may be skipped, since loss or gradients were not finite, before
-    the run ends; null: any number. `spike_factor`: a loss or gradient norm so many of its usual deviations above the
+    the run ends; null: any number. `spike_factor`: a loss or gradient norm this many of its usual deviations above the
     median of the last `window` is reported; null: never.
     """
 

@@ -11,14 +11,14 @@ Every stage is an iterator whose place can be written down as plain JSON and tak
     BatchReader    one rank's batches, from the streams that it reads
 
 A run has as many streams as it had data-parallel ranks at its start, each with a share of the lines, and they never
-change. On so many ranks each reads the stream of its own number. A checkpoint can go on with another batch size and on
-another number of ranks (`redistribute_state`): fewer of them read several streams each, more of them share one and take
-turns. No row is skipped or read twice by that.
+change. On that number of ranks each reads the stream with its own number. A checkpoint can go on with another batch
+size and on another number of ranks (`redistribute_state`): fewer of them read several streams each, more of them
+share one and take turns. No row is skipped or read twice by that.
 
 A stream whose share of a source has no document reads all of that source, as other streams may: `shared_sources` in its
 state.
 
-With `load_async` the whole chain runs in a program of its own (`serve_batches`), which imports neither torch nor the
+With `load_async` the whole chain runs in its own program (`serve_batches`), which imports neither torch nor the
 training code: it starts in a fraction of a second and cannot hold up the training loop.
 """
 
@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
-# Batches that wait in the training process. The shuffle buffer lies behind them in the worker, so a few are enough
+# Batches that wait in the training process. The shuffle buffer is in the worker, so a few are enough
 # to bridge a slow document.
 QUEUED_BATCHES = 4
 
@@ -453,7 +453,7 @@ class BatchReader:
         self.part = math.gcd(args.batch_size, streams[0].shuffler.batch_size)
 
     def state(self) -> list[State]:
-        """The streams' places behind the last batch; those that share a stream are at the end of their round."""
+        """The streams' places after the last batch; those that share a stream are at the end of their round."""
         return [stream.state() for stream in self.streams]
 
     def next_rows(self) -> np.ndarray:
@@ -534,7 +534,7 @@ def _describe_args(args: DataArgs) -> State:
 
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
-        raise UserError(f"data: rank {rank} is none of the {world_size} data-parallel ranks")
+        raise UserError(f"data: rank {rank} must be below the {world_size} data-parallel ranks")
 
 
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> State:
@@ -721,7 +721,7 @@ def _build_streams(
 def _iterate(
     args: DataArgs, state: State, show: Callable[[Path], None] = lambda path: None
 ) -> Iterator[tuple[np.ndarray, State]]:
-    """The rows of each batch, and the state behind it."""
+    """The rows of each batch, and the state after it."""
     check_state_fits(args, state)
     _warn_of_new_files(args, state)
     n_threads = count_threads()
@@ -740,7 +740,7 @@ def _iterate(
 def build_dataloader_from_args(
     args: DataArgs, state: State, timeout: float | None = None
 ) -> Iterator[Iterator[tuple[np.ndarray, State]]]:
-    """An endless iterator of `(batch, state)`; `state` resumes behind that batch.
+    """An endless iterator of `(batch, state)`; `state` resumes after that batch.
 
     A batch is int64 of shape (batch_size, seq_len, n_views); view 0 is the input, view 1 the target. Errors of the
     data (UserError with file and line, OSError) come out of `next()`, from the worker process too. So does
@@ -807,7 +807,7 @@ class _Place:
 
 
 class _Worker:
-    """Runs `serve_batches` in a process of its own and hands its batches on; ends with the process that made it."""
+    """Runs `serve_batches` in its own process and hands its batches on; ends with the process that made it."""
 
     def __init__(self, args: DataArgs, state: State, timeout: float | None = None):
         self.timeout = timeout

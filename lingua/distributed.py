@@ -95,7 +95,7 @@ def validate_distributed_args(args: DistributedArgs, world: World) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"distributed.{name}: {getattr(args, name)} is too small, it must be 1 or more")
     if args.model_dtype not in DTYPES:
-        raise UserError(f"distributed.model_dtype: '{args.model_dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"distributed.model_dtype: '{args.model_dtype}' must be one of {', '.join(DTYPES)}")
     if args.fsdp_type not in ("no_shard", "full_shard"):
         raise UserError(f"distributed.fsdp_type: '{args.fsdp_type}' is neither no_shard nor full_shard")
     if args.values_device not in (None, "cpu"):
@@ -321,7 +321,7 @@ def failing_alike(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def set_group_timeout(groups: list[dist.ProcessGroup], seconds: int) -> None:
-    """For groups that torch makes with a timeout of its own, as those of a DeviceMesh."""
+    """For groups that torch makes with its own timeout, as those of a DeviceMesh."""
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
         _let_nccl_wait(group, seconds)

@@ -587,7 +587,7 @@ def _in_small_ones(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def _column_order(file: InputFile, schema: pa.Schema, reading: Reading) -> list[str]:
-    """The columns that are kept, the text first. Raises UserError where there is none of strings."""
+    """The columns that are kept, the text first. Raises UserError where no column has strings."""
     import pyarrow as pa
 
     if len(set(schema.names)) < len(schema.names):

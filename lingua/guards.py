@@ -37,7 +37,7 @@ NORMS = ("gradient norm", "gradient norm of the value tables")
 # Values that a running median is made of at the least.
 MIN_VALUES = 20
 # The usual deviation is taken from the value that this share does not exceed, and the one that it is not below, which
-# are so many standard deviations from the median where values are normal. At the least it is a share of the median.
+# are this many standard deviations from the median where values are normal. At the least it is a share of the median.
 HIGH_SHARE, HIGH_SIGMAS = 0.9, 1.2816
 LEAST_DEVIATION = 0.01
 

@@ -36,7 +36,7 @@ class Packing:
         self._even = min(lengths) == self.width
 
     def unpack(self, x_NHD: torch.Tensor) -> torch.Tensor:
-        """(N, H, D) -> (B, T, H, D), shorter sequences filled up behind their end with zeros."""
+        """(N, H, D) -> (B, T, H, D), shorter sequences filled up after their end with zeros."""
         if self._even:
             return x_NHD.unflatten(0, (self.n_rows, self.width))
         x_BTHD = x_NHD.new_zeros(self.n_rows, self.width, *x_NHD.shape[1:])
@@ -98,7 +98,7 @@ class KVCache:
         """
         n_used = min(n_used, self.length)
         places = positions % self.length
-        # A place in use is one that is not behind the token, or any where the cache has gone round.
+        # A place in use is one that is not after the token, or any where the cache has gone round.
         visible = None if all_alike else torch.arange(n_used, device=positions.device) <= positions[:, None]
         mask = None if visible is None else visible[:, None, None]
         rows = torch.arange(len(positions), device=positions.device)
@@ -121,7 +121,7 @@ def read_without_cache(packing: Packing, sliding_window: int | None) -> Attentio
 
 
 def causal_mask(packing: Packing, sliding_window: int | None) -> Mask:
-    # What a sequence is filled up with lies behind its end, where its tokens do not look.
+    # What a sequence is filled up with lies after its end, where its tokens do not look.
     return create_causal_mask(packing.width, "sdpa", sliding_window, packing.rows.device)
 
 

@@ -103,7 +103,7 @@ def _leave(code: object) -> None:
 
 
 def _flush_stdout() -> None:
-    """On a full disk, Python would try once more when it ends, with a traceback and an exit code of its own."""
+    """On a full disk, Python would try once more when it ends, with a traceback and its own exit code."""
     try:
         sys.stdout.flush()
     except OSError:

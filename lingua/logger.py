@@ -46,7 +46,7 @@ class _GoesOn(logging.Handler):
 
 
 class _TerminalHandler(_GoesOn, logging.StreamHandler):
-    """Of a class of its own, so that a second run in a process finds the first one's and replaces it."""
+    """A separate class, so that a second run in a process finds the first one's and replaces it."""
 
 
 class _LogFile(_GoesOn, logging.handlers.WatchedFileHandler):
@@ -58,7 +58,7 @@ class _LogFile(_GoesOn, logging.handlers.WatchedFileHandler):
 
 
 class _EarlyRecords(logging.handlers.MemoryHandler):
-    """Of a class of its own for the same reason."""
+    """A separate class for the same reason."""
 
 
 _OURS = (_TerminalHandler, _EarlyRecords)
@@ -119,7 +119,7 @@ def add_log_file(file: Path) -> logging.Handler:
 
 def remove_log_file(handler: logging.Handler) -> None:
     logging.getLogger().removeHandler(handler)
-    with contextlib.suppress(OSError):  # which it has told of
+    with contextlib.suppress(OSError):  # which it has reported
         handler.close()
 
 

@@ -187,7 +187,7 @@ class MemoryLayer(nn.Module):
         yield "reduce-scatter", weights
 
     def reads_result(self) -> bool:
-        """Whether a layer behind the lookup needs the lookup's result for its own gradient."""
+        """Whether a layer after the lookup needs the lookup's result for its own gradient."""
         return True
 
 

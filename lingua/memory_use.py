@@ -25,7 +25,7 @@ from lingua.distributed import local_part, reduce_sum
 from lingua.memory_layer import MemoryLayer
 from lingua.product_key.slot_use import CHOSEN, LAYERS_PER_BYTE, SAMPLED, SlotUse, is_sampled
 
-# Rows whose change is looked at; where more were read, so many of them are drawn.
+# Rows whose change is measured. Where more were read, this number of them is drawn.
 MEASURED_ROWS = 1024
 # Slots whose bits are looked at at once, a multiple of 8.
 SLOTS_AT_ONCE = 2**22
@@ -101,8 +101,8 @@ class MemoryUse:
             pk/layer_{i}/top_weight         largest softmax weight, mean over tokens and heads
             pk/layer_{i}/value_update_norm  2-norm of all that the optimizer's step has changed in the table's rows that
                                             this layer has read since the last log line (PEER: in both tables'), as it
-                                            is stored. Of more than MEASURED_ROWS rows so many are drawn, and stand for
-                                            the others
+                                            is stored. Of more than MEASURED_ROWS rows that number is drawn and
+                                            stands for the others
 
         A slot is read where a weight above 0 falls on it. "Since the last log line" is since its start for a process
         that has written none. Tokens are those of all ranks.

@@ -80,7 +80,7 @@ class MetricsLogger:
             self._wandb.log(metrics, step=metrics["global_step"])
 
     def log_to_wandb(self, metrics: dict[str, Any], step: int) -> None:
-        """What has a file of its own, to the wandb run where there is one."""
+        """What has its own file, to the wandb run where there is one."""
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 

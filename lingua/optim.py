@@ -75,13 +75,15 @@ def validate_optim_args(args: OptimArgs) -> None:
             "and set can_skip=True in lingua.optim.OPTIMIZERS"
         )
     if args.scheduler not in SCHEDULERS:
-        raise UserError(f"optim.scheduler: '{args.scheduler}' is none of {', '.join(SCHEDULERS)}")
+        raise UserError(f"optim.scheduler: '{args.scheduler}' must be one of {', '.join(SCHEDULERS)}")
     if args.value_update not in VALUE_UPDATES:
         raise UserError(f"optim.value_update: '{args.value_update}' is neither {' nor '.join(VALUE_UPDATES)}")
     if args.value_rounding not in VALUE_ROUNDINGS:
         raise UserError(f"optim.value_rounding: '{args.value_rounding}' is neither {' nor '.join(VALUE_ROUNDINGS)}")
     if args.value_rounding == "stochastic" and args.value_update != "sparse":
-        raise UserError("optim.value_rounding: stochastic goes not with value_update=dense; set value_update=sparse")
+        raise UserError(
+            "optim.value_rounding: stochastic cannot be combined with value_update=dense; set value_update=sparse"
+        )
     for name in ("lr", "weight_decay", "epsilon", "warmup", "lr_min_ratio", "value_weight_decay"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -205,7 +207,7 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def row_gradients(model: nn.Module) -> dict[nn.Parameter, RowGradients]:
-    """Those of the value tables whose gradients stay by rows."""
+    """Those of the value tables whose gradients stay row-sparse."""
     by_rows = {table.weight: table.row_gradients for memory in _memories(model) for table in memory.tables}
     return {weight: rows for weight, rows in by_rows.items() if rows is not None and not rows.whole}
 

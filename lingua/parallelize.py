@@ -325,7 +325,7 @@ def reshard(model: nn.Module) -> None:
 class GradientReducer:
     """Averages gradients over data-parallel ranks: what FSDP does not, and when it does.
 
-    `begin(last)` before each backward pass of a step, `finish()` behind the last one.
+    `begin(last)` before each backward pass of a step, `finish()` after the last one.
     """
 
     def __init__(self, model: BaseTransformer, meshes: Meshes, data_ranks: int, by_rows: bool):
@@ -348,7 +348,7 @@ class GradientReducer:
     def begin(self, last: bool) -> None:
         """Replicas are averaged in the last backward pass only. Shards are summed in each, so gradients stay small."""
         for table in self.tables:
-            if table.row_gradients is None:  # not by rows to the end: dense updates
+            if table.row_gradients is None:  # not row-sparse: dense updates
                 table.note_rows(whole=True)
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)
@@ -406,7 +406,7 @@ def _sum_rows(gradient: RowGradients, group: dist.ProcessGroup, scale: float) ->
 
 
 def _gather_uneven(slots: torch.Tensor, n_ranks: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """All ranks' slots, one rank's behind another's, of whom each has its own number."""
+    """All ranks' slots, one rank's after another's, of whom each has its own number."""
     counts = slots.new_empty(n_ranks)
     dist.all_gather_into_tensor(counts, slots.new_tensor([len(slots)]), group=group)
     counts = counts.tolist()

@@ -9,7 +9,7 @@ JSON object a line to dump_dir/probe/probe.{rank}.jsonl, one for each tensor:
 
     input, output, weight      of each linear, "layers.3.attention.wq" or "output"
     grad_output, grad_weight   the loss's gradients there; the loss is the mean over the row's tokens
-    residual, grad_residual    the stream behind block "layers.3"; "tok_embeddings": before the first block
+    residual, grad_residual    the stream after block "layers.3"; "tok_embeddings": before the first block
     attention_entropy          of "layers.3.attention", in nats: a number for each head, the mean over its queries
     memory_query               what "layers.4.feed_forward" searches with
     memory_scores              of the slots found, before the softmax
@@ -23,7 +23,7 @@ its own part. Weights that FSDP splits are gathered for the pass, and measured w
 
 Nothing that training uses is written to. Gradients are asked for with respect to the residual stream alone; those of
 the weights are made on the way, one linear at a time, measured and forgotten, so nothing reaches `.grad` or the
-reductions behind it. Compiled blocks run as plain Python meanwhile, and stay compiled.
+reductions after it. Compiled blocks run as plain Python meanwhile, and stay compiled.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class _Hooks:
     """Hooks on the model's modules, within its `with`, that measure what passes.
 
     Those that FSDP and tensor parallelism have put there convert inputs and outputs and gather weights. Where ours come
-    `first` behind a module, they see what it has computed itself, with its weights there; as the last ones, what others
+    `first` after a module, they see what it has computed itself, with its weights there; as the last ones, what others
     get. With activation checkpointing a block runs again in the backward pass, which `is_backward` tells from the first
     time; the hooks on blocks do not run again then.
     """

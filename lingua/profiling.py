@@ -50,7 +50,7 @@ MAX_ALLOCATIONS = 1_000_000
 
 
 def validate_profiling_args(args: ProfilingArgs, steps: int) -> None:
-    """Raises UserError, one line that names the key, for windows that a run of so many steps cannot have."""
+    """Raises UserError, one line that names the key, for windows that a run of `n_steps` steps cannot have."""
     for name in ("mem_warmup", "mem_steps", "profile_warmup", "profile_steps"):
         if getattr(args, name) < 0:
             raise UserError(f"profiling.{name}: {getattr(args, name)} is negative, it must be 0 or more")
@@ -71,7 +71,7 @@ def validate_profiling_args(args: ProfilingArgs, steps: int) -> None:
     if len(windows) == 2 and sum(windows[0][:2]) > windows[1][0]:
         (warmup, n_steps, first), (later, _, second) = windows
         raise UserError(
-            f"profiling.{second}_warmup: {later} begins within the {n_steps} steps behind {first}_warmup={warmup}, and "
+            f"profiling.{second}_warmup: {later} begins within the {n_steps} steps after {first}_warmup={warmup}, and "
             f"one recording slows the other; set it to {warmup + n_steps} or more"
         )
 

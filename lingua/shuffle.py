@@ -136,7 +136,7 @@ class Plan:
 
     @classmethod
     def load(cls, work: str) -> Plan | None:
-        """The one that was saved in a folder; None where there is none of this format."""
+        """The one that was saved in a folder; None where there is no plan of this format."""
         try:
             description = json.loads(Path(work, "plan.json").read_bytes())
         except (OSError, ValueError):
@@ -302,7 +302,7 @@ class Scatter:
                     if not batch.has_room(piece, self._max_documents):
                         runs += batch.flush(stream, unit)
                     if not batch.has_room(piece, self._max_documents):
-                        # One long document, mostly: the piece is a batch of its own.
+                        # One long document, mostly: the piece is its own batch.
                         runs.append(_write_run(stream, unit, piece.data, keys, piece.starts, piece.stops))
                     else:
                         batch.add(piece, keys)

@@ -1,6 +1,6 @@
 """Who works on the tasks of a shuffle: this process, several of it, or a SLURM job array; and how far they are.
 
-A worker process is a program of its own that imports what reading and sorting need, and nothing of the program that
+A worker process is its own program that imports what reading and sorting need, and nothing of the program that
 started it. It ends when its pipe does, so none outlives who started it by more than a moment.
 """
 
@@ -56,7 +56,7 @@ OnProgress = Callable[[int, float, int], None]  # task, how much of it is done (
 
 @dataclass(frozen=True)
 class Resources:
-    """`memory`: bytes for all processes together. `workers`: 1: this process; more: so many beside it.
+    """`memory`: bytes for all processes together. `workers`: 1: this process; more: that number beside it.
 
     None: one a core, as long as each has MIN_SHARE of the memory for its data.
     """
@@ -65,7 +65,7 @@ class Resources:
     workers: int | None = None
 
     def share(self, n_workers: int, files: tuple[InputFile, ...]) -> int:
-        """Bytes for the data that one of so many workers has in work."""
+        """Bytes for the data that one of `n_workers` workers processes."""
         return max(self._left(n_workers, files) // n_workers, shuffle.MIN_SHARE)
 
     def n_workers(self, n_tasks: int, files: tuple[InputFile, ...]) -> int:
@@ -76,7 +76,7 @@ class Resources:
         return min(wanted, n_tasks)
 
     def least(self, n_workers: int, files: tuple[InputFile, ...]) -> int:
-        """Bytes that so many workers take, however little memory is given."""
+        """Bytes that `n_workers` workers take, however little memory is given."""
         return self.memory - self._left(n_workers, files) + n_workers * shuffle.MIN_SHARE
 
     def _left(self, n_workers: int, files: tuple[InputFile, ...]) -> int:
@@ -445,7 +445,7 @@ def _is_gone(job: Any, cluster: Cluster) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """What submitit tells of a failed job holds a traceback, if the job had an exception of its own."""
+    """What submitit tells of a failed job holds a traceback, if the job had its own exception."""
     told = str(error).splitlines()
     exceptions = [line.partition(": ")[2] for line in told if re.match(r"[\w.]+(Error|Exception): ", line)]
     return exceptions[-1] if exceptions else first_line(error)

@@ -61,7 +61,7 @@ def fused_adamw(
 
 
 class SparseAdamW(AdamW):
-    """AdamW in which the parameters of `row_gradients` have their gradient by rows; all others as ever.
+    """AdamW in which the parameters of `row_gradients` have row-sparse gradients; all others are updated as in AdamW.
 
     A row that was read is updated as in dense AdamW. One that was not read stays as it is, moments and weight: neither
     do its moments decay nor its weight, and it does not go on along its mean gradient. That is what
@@ -132,7 +132,7 @@ class SparseAdamW(AdamW):
         n_rows = max(at_once // table.shape[1], 1)
         for read, grad in bring_rows(slots, rows, table.device, n_rows):
             m, v, weight = (tensor.index_select(0, read).to(dtype) for tensor in (mean, square, table))
-            # The dense update of a small table; it counts a step of its own.
+            # The dense update of a small table; it counts its own step.
             fused_adamw([weight], [grad.to(dtype)], [m], [v], [before.clone()], group, skipped)
             updated = (m, v, weight)
             if generator is not None:

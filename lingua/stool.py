@@ -110,7 +110,7 @@ class StoolArgs:
     maximum). `nodes`: -1 is one node, or with `bash` all of the allocation. `anaconda`: name or folder of a conda
     environment, or folder of a venv (`default`: the one that stool runs in). `stdout`: all ranks into the job's one
     log, instead of a file each. `dryrun`: prints script and command, and writes nothing. `sweep`: keys of the config
-    with lists of values; every combination is a run of its own, in a folder under dump_dir, and all are one job array.
+    with lists of values; every combination is its own run, in a folder under dump_dir, and all are one job array.
     """
 
     config: Any = None

@@ -29,7 +29,7 @@ LLAMA3_SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Llama 3.1's special tokens that have a name of their own, by their place behind the ranks. The rest are numbered.
+# Llama 3.1's special tokens that have a name of their own, by their place after the ranks. The rest are numbered.
 LLAMA3_NAMED_SPECIALS = {
     0: "begin_of_text",
     1: "end_of_text",
@@ -45,7 +45,7 @@ LLAMA3_NAMED_SPECIALS = {
 # word, so no call gets more than 2 * PIECE_CHARS characters.
 PIECE_CHARS = 4096
 
-# Places where LLAMA3_SPLIT_PATTERN starts a new match whatever stands before and behind, so that cutting the text there
+# Places where LLAMA3_SPLIT_PATTERN starts a new match whatever stands before and after, so that cutting the text there
 # changes no token: before a space that follows something visible, before punctuation that follows a letter or number,
 # before a digit that follows a letter, and between a line's end and something visible. No branch of the pattern matches
 # across one of these, and its only look-ahead is asked within whitespace. Python and tiktoken may know different
@@ -427,7 +427,7 @@ def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """Return the number at `place`, seven bits to the byte and the lowest first, and the place behind it."""
+    """Return the number at `place`, seven bits to the byte and the lowest first, and the place after it."""
     value = shift = 0
     while True:
         byte = data[place]

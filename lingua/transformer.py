@@ -86,7 +86,7 @@ def validate_transformer_args(args: BaseTransformerArgs) -> None:
     if hidden < 1:
         raise UserError(f"model.ffn_dim_multiplier: {args.ffn_dim_multiplier} leaves the feed-forward no hidden units")
     if args.init_std_factor not in INIT_STD_FACTORS:
-        raise UserError(f"model.init_std_factor: '{args.init_std_factor}' is none of {', '.join(INIT_STD_FACTORS)}")
+        raise UserError(f"model.init_std_factor: '{args.init_std_factor}' must be one of {', '.join(INIT_STD_FACTORS)}")
     head_sizes(args)
     for chosen in chosen_memories(args):
         chosen.layer.check(chosen.args, args.dim)
@@ -176,7 +176,7 @@ def create_causal_mask(
         if sliding_window is None:
             return bias.LowerTriangularMask()
         return bias.LocalAttentionFromBottomRightMask(window_left=sliding_window - 1, window_right=0)
-    raise UserError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+    raise UserError(f"attn_impl: '{attn_impl}' must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
 
 
 def _import_fmha():
@@ -225,7 +225,7 @@ def attend(
         attn_mask = None if causal else mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
         return y.transpose(1, 2)
-    raise UserError(f"attn_impl: '{attn_impl}' is none of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+    raise UserError(f"attn_impl: '{attn_impl}' must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
 
 
 class Attention(nn.Module):

@@ -87,7 +87,7 @@ class Watch:
         self._ended, self._news = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watch", daemon=True)]
         if self.size > 1:
-            # A thread of its own: the store may be kept by a rank that hangs.
+            # Its own thread: the store may be kept by a rank that hangs.
             self._threads.append(threading.Thread(target=self._give_signs, name="signs", daemon=True))
 
     def __enter__(self) -> Watch:
@@ -171,7 +171,7 @@ class Watch:
             where = f"its stack could not be written ({error})"
         self._reported = doing
         self._news.set()
-        if self.rank == 0:  # others are told of by whoever waits for them
+        if self.rank == 0:  # whoever waits for the others reports them
             doing_it = doing.what + (" (or waiting for another rank)" if self.size > 1 else "")
             message = "step %s: %s for %.0f s by now (distributed.timeout); %s"
             logger.warning(message, doing.step, doing_it, passed, where)
@@ -270,7 +270,7 @@ def _read_signs(ranks: Iterable[int]) -> Signs:
 
 
 def _with_limit(ask: Callable[[], T], seconds: float) -> T:
-    """In a thread of its own, since the store may be kept by a rank that hangs: asking it has no time limit."""
+    """In its own thread, since the store may be kept by a rank that hangs: asking it has no time limit."""
     return ThreadPoolExecutor(max_workers=1).submit(ask).result(timeout=seconds)
 
 

@@ -153,7 +153,7 @@ def main() -> None:
     out = join(data_dir, f"{args.name}_shuffled")
     scratch = os.path.expanduser(args.scratch or "")
     here = Path(scratch or data_dir) if scratch or not is_remote(data_dir) else temporary_folder(out)
-    # Another DATA_DIR with the same scratch folder has work of its own there.
+    # Another DATA_DIR with the same scratch folder has its own work there.
     own = f".{args.name}_shuffled.{digest_of(out)[:8]}.work"
     work = here.absolute() / own if scratch or is_remote(out) else Path(out, ".work")
     stage = str(work if is_remote(out) else Path(out, ".work"))
@@ -348,7 +348,7 @@ def explained(repo: str, folder: Path) -> Iterator[None]:
 
 
 def explain(error: BaseException, repo: str, folder: Path) -> str | None:
-    """One line; None for what is none of the user's making, or in one line already."""
+    """One line; None for what is not the user's fault, or in one line already."""
     from huggingface_hub import errors
 
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/datasets/{repo}"

@@ -66,7 +66,7 @@ def download(name: str, folder: Path, api_key: str | None) -> None:
         known = [*HUB_FILES, *sorted(tiktoken.list_encoding_names())]
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{name!r} is none of {', '.join(known)}{hint}")
+        raise UserError(f"{name!r} must be one of {', '.join(known)}{hint}")
     path = folder / (HUB_FILES[name].file if name in HUB_FILES else f"{name}.tiktoken")
     if path.exists():
         try:
@@ -201,7 +201,7 @@ def explain(error: BaseException, wanted: HubFile, has_token: bool, endpoint: st
         less = "" if has_token else ", or give a token, which is allowed more (--api_key or HF_TOKEN)"
         return f"too many requests to {endpoint} from here (429): wait some minutes{less}"
     if status is not None:
-        return f"{endpoint} answers with an error of its own ({status}): try again later"
+        return f"{endpoint} answers with its own error ({status}): try again later"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, which forbids downloads: unset it"
     what = " ".join(str(error).split())[:200] or type(error).__name__

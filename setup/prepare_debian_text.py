@@ -67,7 +67,7 @@ PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "a
 TASK = "debian_dictionary"
 QUESTIONS, CHOICES = 2000, 4
 DEFINITION_CHARS = range(20, 200)
-# Wrong definitions are taken from so many of the same part of speech, those nearest in length.
+# Wrong definitions are taken from this number of words of the same part of speech, those nearest in length.
 NEAREST = 100
 STEM = 4
 
@@ -235,7 +235,7 @@ def read_all(found: list[tuple[Path, Reader]]) -> Iterator[Document]:
 
 
 def write_documents(file: Path, documents: Iterator[Document], max_bytes: float, seed: int) -> None:
-    """Writes documents as JSON lines; where they are more than `max_bytes`, so many of them, drawn by `seed`."""
+    """Writes documents as JSON lines; where they are more than `max_bytes`, a part of that size, drawn by `seed`."""
     everything = file.with_suffix(".all")
     places: list[tuple[bytes, int, int]] = []
     begin = 0

@@ -279,7 +279,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, heartbeat: Heartb
     except RuntimeError as error:
         if unreadable:
             raise unreadable[0] from None
-        # It tells the numbers, in words of its own and with the place in its source.
+        # It tells the numbers, in its own words and with the place in its source.
         if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
             raise UserError(too_little_text("sp", vocab_size, int(found[1]))) from None
         if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):

@@ -8,7 +8,7 @@ many rows whatever the table's size) are parts; `step`: the whole model forward 
 parameters updated, with either `optim.value_update`. The last row is the same model with a feed-forward in its place.
 Times are the shortest of `rounds`, in microseconds a token (of the processor where one CPU thread computes: what else
 runs on the machine does not count). `peak`: of a step, model, gradients and AdamW's moments
-included; on a CPU the most resident memory beyond what the process had before, in a process of its own for each.
+included; on a CPU the most resident memory beyond what the process had before, in its own process for each.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class BenchArgs:
 
 
 def train_args(args: BenchArgs, n_keys: int | None, value_update: str = "dense") -> TrainArgs:
-    """Of the model with a table of so many keys, or with none. The key's size is half the width's, as published."""
+    """Of the model with a table of `n_keys` keys, or with none. The key's size is half the width's, as published."""
     memory = ProductKeyArgs()
     if n_keys is not None:
         memory = ProductKeyArgs(True, "1", n_keys, args.heads, args.knn, mem_k_dim=args.dim // 2)
@@ -174,7 +174,7 @@ def _most_held(args: BenchArgs) -> int:
 
 
 def run_alone(args: BenchArgs, measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """`measure`, on a CPU in a process of its own. Nothing where the memory does not suffice."""
+    """`measure`, on a CPU in its own process. Nothing where the memory does not suffice."""
     try:
         if args.device == "cuda":
             return measure(args, *arguments)
@@ -231,7 +231,7 @@ def main() -> None:
     if args.device not in (None, "cuda", "cpu"):
         raise UserError(f"device: '{args.device}' is neither cuda nor cpu")
     if args.dtype not in DTYPES:
-        raise UserError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{args.dtype}' must be one of {', '.join(DTYPES)}")
     if args.rounds < 1:
         raise UserError(f"rounds: {args.rounds} is too small, it must be 1 or more")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

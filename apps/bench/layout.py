@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m apps.bench.layout config=apps/main/configs/debug.yaml distributed.tp_size=2
 
 Bytes on the first rank, which holds most where something does not divide evenly: parameters, gradients and AdamW's
-moments behind a step; at the end of a forward pass all that is there beside them, which is kept for the backward pass;
+moments after a step; at the end of a forward pass all that is there beside them, which is kept for the backward pass;
 the most of it in a step; and what is sent over ranks, by collective.
 """
 

@@ -183,7 +183,7 @@ def measure(args: BenchArgs) -> list[dict[str, object]]:
 def main() -> None:
     args = parse_args(BenchArgs)
     if args.dtype not in (None, *DTYPES):
-        raise UserError(f"dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{args.dtype}' must be one of {', '.join(DTYPES)}")
     if args.rounds < 1:
         raise UserError(f"rounds: {args.rounds} is too small, it must be 1 or more")
     report("value table in the CPU's memory", measure(args), args.out)

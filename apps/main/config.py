@@ -22,7 +22,7 @@ from lingua.launch import default_environment
 @dataclass
 class TrainArgs:
     """`eval`: a section of EvalArgs, for evaluation at `checkpoint.eval.every` and at the end; folders and step follow
-    from the run. `async_eval_gpus`: in SLURM jobs of so many GPUs instead of on the training's own.
+    from the run. `async_eval_gpus`: in SLURM jobs of this number of GPUs instead of on the training's own.
     """
 
     name: str = "lingua"

@@ -225,7 +225,7 @@ class _Layout:
     # --- units of FSDP ---------------------------------------------------------------------------------------------
 
     def units(self) -> list[tuple[str, int, list[nn.Parameter]]]:
-        """What FSDP gathers at once, and how many such there are: blocks, tables that are split by rows, the ends."""
+        """What FSDP gathers at once, and how many of each: blocks, tables that are split by rows, the ends."""
         units = [("block", number, parameters) for _, number, parameters in self.parts.blocks]
         if self.by_rows:
             units += [("table", 1, [table]) for table in self.tables]
@@ -298,7 +298,7 @@ class _Layout:
         return tokens * self.model.dim * (self.bytes * n_linears if self.bytes < FP32 else FP32)
 
     def results_sent(self) -> int:
-        """Under tensor parallelism, what is exchanged before and behind a pair of linears, where that is kept."""
+        """Under tensor parallelism, what is exchanged before and after a pair of linears, where that is kept."""
         return (self.N * FP32 + self.n * self.bytes) * self.model.dim if self.tp > 1 else 0
 
     def attention(self, block: TransformerBlock, cheap_again: bool) -> int:

@@ -79,15 +79,15 @@ def validate_generator_args(args: GeneratorArgs, prefix: str = "") -> None:
     if "" in args.until:
         raise UserError(f"{prefix}until: holds an empty string, which would end every text before it begins")
     if args.dtype not in DTYPES:
-        raise UserError(f"{prefix}dtype: '{args.dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"{prefix}dtype: '{args.dtype}' must be one of {', '.join(DTYPES)}")
     if args.device not in ("cuda", "cpu"):
         raise UserError(f"{prefix}device: '{args.device}' is neither cuda nor cpu")
     if args.values_device not in (None, "cpu"):
         raise UserError(f"{prefix}values_device: '{args.values_device}' is neither null nor cpu")
     if args.values_device == "cpu" and args.reduce_generation_overhead:
         raise UserError(
-            f"{prefix}reduce_generation_overhead: true goes not with values_device=cpu, since no CUDA graph fetches "
-            "rows from the CPU's memory; set one of them back"
+            f"{prefix}reduce_generation_overhead: true cannot be combined with values_device=cpu, since no CUDA graph "
+            "fetches rows from CPU RAM; set one of them back"
         )
 
 
@@ -210,7 +210,7 @@ class Continuation:
         self.log_likelihoods: list[float] = []
         self.finish_reason: str | None = None  # "stop", "eos" or "length"
         self._cut: int | None = None
-        # A stop string of n bytes that ends with the newest token is in so many of the last tokens.
+        # A stop string of n bytes that ends with the newest token is within this number of last tokens.
         self._reach = max((len(stop.encode()) for stop in args.until), default=0) + 8
 
     @property
@@ -514,7 +514,7 @@ class BatchRun:
         with generator.computing():
             h = generator._read(tokens, packing.positions, cache.read(packing))[0]
             if self.score == "prompts":
-                # The last token of each prompt has none behind it: what it is scored with here is left out again.
+                # The last token of each prompt has none after it: what it is scored with here is left out again.
                 likelihoods, greedy = generator.score(h, tokens[0].roll(-1))
                 parts = zip(likelihoods.split(packing.lengths), greedy.split(packing.lengths), strict=True)
                 self.scores = [(likelihood[:-1], is_likeliest[:-1]) for likelihood, is_likeliest in parts]

@@ -138,7 +138,7 @@ def export_hf(ckpt_dir: str | Path, out_dir: str | Path, dtype: str | None = Non
     `tokenizers` library cannot be made to follow.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype: '{dtype}' is none of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: '{dtype}' must be one of {', '.join(DTYPES)}")
     out_dir = _fresh_folder(out_dir)
     _library("transformers")
     model, tokenizer, config = load_consolidated_model_and_tokenizer(ckpt_dir)
@@ -172,7 +172,7 @@ def import_hf(
 ) -> Path:
     """Writes a Llama or Mistral in Hugging Face format as a consolidated checkpoint; returns `out_dir`.
 
-    Tensors keep the type that they are stored in: who loads them copies them into a model of its own type anyway.
+    Tensors keep the type that they are stored in: loading copies them into the model's type anyway.
     Besides consolidated.pth and params.json it writes config.yaml, the beginning of a training config. A tokenizer that
     cannot be brought along gets a warning, and params.json then names the file tokenizer.model, which is still to be
     put into the folder.

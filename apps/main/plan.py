@@ -1,4 +1,4 @@
-"""Whether a config fits so many GPUs, before there are any: what each of them holds and sends, and what else would fit.
+"""Whether a config fits a number of GPUs, before there are any: what each holds and sends, and what else would fit.
 
     python -m apps.main.plan config=apps/main/configs/pk_7b.yaml world_size=256 gpu_memory=80 [key=value ...]
 

@@ -97,9 +97,9 @@ def _write(
 def _first_rows(
     paths: list[Path], tokenizer: Tokenizer, train_data: dict[str, Any], seq_len: int, n_tokens: int
 ) -> Iterator[Row]:
-    """The rows that validation scores, in the order of the documents, until so many tokens are read."""
+    """The rows that validation scores, in the order of the documents, until `n_tokens` tokens are read."""
     left, document = n_tokens, -1
-    faults = Faults(train_data.get("on_error", "stop"), is_told=False)  # validation has told of them
+    faults = Faults(train_data.get("on_error", "stop"), is_told=False)  # validation has reported them
     for text, place in itertools.chain.from_iterable(read_documents(path, faults) for path in paths):
         try:
             tokens = encode_document(tokenizer, text, train_data["add_bos"], train_data["add_eos"])

@@ -117,7 +117,7 @@ from lingua.watch import WAITING_FOR_RANKS, Watch
 
 logger = logging.getLogger(__name__)
 
-Batch = tuple[np.ndarray, dict[str, Any]]  # and the loader's state behind it
+Batch = tuple[np.ndarray, dict[str, Any]]  # and the loader's state after it
 
 # Seconds for the last of a stopped run's metrics to reach Weights & Biases.
 PATIENCE_WITH_WANDB = 60
@@ -200,18 +200,19 @@ def validate_value_update(args: TrainArgs, world: World) -> None:
     """Raises UserError, one line that names the key, where sparse updates do not go with the layout."""
     if args.distributed.values_device == "cpu" and args.optim.value_update != "sparse":
         raise UserError(
-            f"distributed.values_device: cpu goes not with optim.value_update={args.optim.value_update}, which makes a "
-            "gradient of the table's size; set optim.value_update=sparse"
+            f"distributed.values_device: cpu cannot be combined with optim.value_update={args.optim.value_update}, "
+            "which makes a gradient of the table's size; set optim.value_update=sparse"
         )
     if args.optim.value_update == "sparse" and splits_tables_by_rows(args.distributed, world):
         raise UserError(
-            "optim.value_update: sparse goes not with distributed.fsdp_type=full_shard, which splits value tables by "
-            "rows; set distributed.memory_parallel_size, or no_shard"
+            "optim.value_update: sparse cannot be combined with distributed.fsdp_type=full_shard, which splits value "
+            "tables by rows; set distributed.memory_parallel_size, or no_shard"
         )
     if args.optim.value_rounding == "stochastic" and args.distributed.model_dtype != "bf16":
         raise UserError(
-            f"optim.value_rounding: stochastic goes not with distributed.model_dtype={args.distributed.model_dtype}, "
-            "with which value tables are in fp32; set model_dtype=bf16, or nearest"
+            "optim.value_rounding: stochastic cannot be combined with "
+            f"distributed.model_dtype={args.distributed.model_dtype}, with which value tables are in fp32; set "
+            "model_dtype=bf16, or nearest"
         )
 
 
@@ -806,7 +807,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
 def answer_bad_steps(run: Run, told: list[float]) -> None:
     """Reports the bad steps that ranks have `told` of; where there are too many, saves and raises UserError.
 
-    Weights are those behind the last good step.
+    Weights are those after the last good step.
     """
     if not run.guard.hear(told):
         return

@@ -159,7 +159,7 @@ def find_awaited(args: TrainArgs, steps: list[int]) -> set[int]:
 
 
 def submit_evaluation(wanted: EvalArgs, n_gpus: int) -> None:
-    """A job of its own through stool, on whole nodes of 8 GPUs where it is more than one node; where this run is a job,
+    """Its own job through stool, on whole nodes of 8 GPUs where it is more than one node; where this run is a job,
     in the same partition, on the same account, and with the memory and on the kind of nodes that stool was told.
     """
     n_nodes = -(-n_gpus // 8)

@@ -17,7 +17,7 @@ from lingua.errors import UserError
 MOST_LINES = 8
 MOST_STYLES = 4
 
-# What a panel below shows, or what follows from it; all else that a run logs has a panel of its own.
+# What a panel below shows, or what follows from it; all else that a run logs has its own panel.
 SHOWN = re.compile(r"(loss/out|(optim|speed|memory|pk|guard)/.*)$")
 # Numbers in evaluations that are no results.
 COUNTS = re.compile(r"n_documents|n_tokens|n_bytes|sample_len|.*stderr.*")

@@ -19,7 +19,7 @@ from apps.plots.read import Run
 from apps.plots.style import STYLE, TICKS, ShortNumbers
 from lingua.errors import UserError
 
-# In the order of a forward pass, then those of the way back. Others come behind them.
+# In the order of a forward pass, then those of the way back. Others come after them.
 KINDS = (
     "residual",
     "attention_entropy",
@@ -56,7 +56,7 @@ class Picture:
 
 @dataclass
 class View:
-    """`depths`: numbers of blocks, with -1 for what comes before them and `n_blocks` for what comes behind."""
+    """`depths`: numbers of blocks, with -1 for what comes before them and `n_blocks` for what comes after."""
 
     steps: np.ndarray
     depths: np.ndarray
@@ -82,7 +82,7 @@ def build_view(run: Run, statistic: str) -> View:
     if not found:
         known = sorted({key for record in run.probe for key, value in record.items() if isinstance(value, int | float)})
         named = ", ".join(key for key in known if key not in ("global_step", "layer", "n"))
-        raise UserError(f"statistics: '{statistic}' is none of {named}, which the probe has in '{run.folder}'")
+        raise UserError(f"statistics: '{statistic}' must be one of {named}, which the probe has in '{run.folder}'")
     places = {place for cells in found.values() for place in cells}
     n_blocks = 1 + max((depth for depth, _ in places if depth is not None), default=-1)
     depths = np.array(sorted({n_blocks if depth is None else depth for depth, _ in places}))
@@ -114,7 +114,7 @@ def short_part(part: str) -> str:
 
 
 def draw_probe(run: Run, statistic: str) -> Figure:
-    """Kinds of which there is one picture stand above, each with a scale of its own; below, those of the linears."""
+    """Kinds of which there is one picture stand above, each with its own scale; below, those of the linears."""
     view = build_view(run, statistic)
     kinds = list(dict.fromkeys(picture.kind for picture in view.pictures))
     single = [picture for kind in kinds if len(view.of_kind(kind)) == 1 for picture in view.of_kind(kind)]
@@ -135,7 +135,7 @@ def draw_probe(run: Run, statistic: str) -> Figure:
 
 def explain_depths(view: View) -> str:
     """What the rows are, for a title."""
-    outside = {-1: "-1: the embedding", view.n_blocks: f"{view.n_blocks}: behind the last block"}
+    outside = {-1: "-1: the embedding", view.n_blocks: f"{view.n_blocks}: after the last block"}
     named = [text for depth, text in outside.items() if depth in view.depths]
     return "by " + " and ".join([f"block ({', '.join(named)})" if named else "block", "step; grey: not finite"])
 

@@ -144,7 +144,7 @@ def _sum_and_split(parts: torch.Tensor, name: str, size: int) -> torch.Tensor:
 
 def _exchange(tensor: torch.Tensor, name: str, size: int, to_rows: bool) -> torch.Tensor:
     n_tokens = len(tensor) // size if to_rows else len(tensor)
-    if not to_rows:  # the columns of each rank together, one rank's behind another's
+    if not to_rows:  # the columns of each rank together, one rank's after another's
         tensor = tensor.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
     n_each = [n_tokens] * size
     received = _send.wait_tensor(_send.all_to_all_single(tensor.contiguous(), n_each, n_each, name))

@@ -9,7 +9,7 @@ be larger than the GPU's memory. The operators:
     fetched_products   bag_products in it, each the gradient of the other
 
 How many rows there are is known when they have been read, and no sooner; a compiler wants to know it before. So they
-go from operator to operator as the first of them, (1, D), in whose storage all others lie behind it. Where something on
+go from operator to operator as the first of them, (1, D), in whose storage all others lie after it. Where something on
 the way has made a copy of that one row (saved tensors that were moved, say), they are fetched again.
 Suffixes: N tokens, K slots a token, U rows read, D dim.
 """
@@ -153,7 +153,7 @@ def _index_type(weight: torch.Tensor) -> torch.dtype:
 
 
 def _small_table(indices: torch.Tensor, weight: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
-    """(U, D), of which `first_row` is the first; fetched again where nothing lies behind that."""
+    """(U, D), of which `first_row` is the first; fetched again where nothing lies after that."""
     dim = weight.shape[1]
     n_rows = first_row.untyped_storage().nbytes() // (dim * first_row.element_size())
     if n_rows > 1:
@@ -165,7 +165,7 @@ def _small_table(indices: torch.Tensor, weight: torch.Tensor, first_row: torch.T
 
 
 def _fetch(weight: torch.Tensor, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of `slots`, on `device`, and behind them some of anything: at least two in all, since a single one is
+    """The rows of `slots`, on `device`, and after them some of anything: at least two in all, since a single one is
     known for a copy (`_small_table`), and of few sizes, so that the next batch gets the memory of this one.
     """
     step = 1 << max(len(slots).bit_length() - 4, 1)
@@ -232,7 +232,7 @@ class _Staging:
 
     @contextlib.contextmanager
     def next_buffer(self, n_rows: int, table: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.cuda.Event | None]]:
-        """A buffer for so many rows such as the table's, in or out of which nothing is being copied any more; and what
+        """A buffer for a number of rows like the table's, in or out of which nothing is being copied any more; and what
         tells when the copy that is begun within the context, on the current stream, is done.
         """
         self.turn = (self.turn + 1) % len(self.buffers)

@@ -38,7 +38,7 @@ except ImportError:  # it has no wheels for some systems, such as macOS; those h
 
 logger = logging.getLogger(__name__)
 
-# Up to so many columns NumPy sorts a row in one network of vector instructions (AVX2 or AVX-512); beyond, a column
+# Up to this number of columns NumPy sorts a row in one network of vector instructions (AVX2, AVX-512); beyond, a column
 # costs several times more.
 SORTED_AT_ONCE = 256
 # Scores of one half that are searched at once, for each thread: what is worked out for them then stays in its cache.

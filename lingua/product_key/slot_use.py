@@ -62,7 +62,7 @@ class SlotUse:
         self.read_bit, self.ever_bit = 1 << 2 * place, 2 << 2 * place
         self.is_sample = is_sampled(n_slots, device)
         self.waits = device.type == "cpu"  # whether to look at values costs nothing
-        self.chosen_C: torch.Tensor | None = None  # sorted; NO_SLOT behind the last one
+        self.chosen_C: torch.Tensor | None = None  # sorted; NO_SLOT after the last one
         self.drawn_U: torch.Tensor | None = None
         self.candidates_C: torch.Tensor | None = None  # for `choose`
         if self.is_sample:

@@ -1,4 +1,4 @@
-"""How a backward pass finds, through autograd and a compiler, who is to be told of it.
+"""How a backward pass finds, through autograd and a compiler, whom to report it to.
 
 Both know tensors only. A *ticket* is a number on the CPU, a tensor that autograd takes for an input; its gradient is
 worth nothing, but has to be computed, by an operator that looks up whose ticket it is and tells them. (What for:
@@ -18,7 +18,7 @@ _holders: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def new_ticket(holder: Any) -> torch.Tensor:
-    """One of its own for `holder`, who is not kept alive by it."""
+    """A ticket for `holder`, which it does not keep alive."""
     number = next(_numbers)
     _holders[number] = holder
     # In a list: the compiler takes a scalar for a number of the program's, and starts anew to make it a constant.

@@ -35,7 +35,7 @@ class xFormerEmbeddingBag(nn.Module):
 
     def keep_on_cpu(self, computed_on: torch.device) -> None:
         """From now on the table stays in the CPU's memory, wherever the module is moved; lookups, on `computed_on`,
-        fetch the rows that they read. It has gradients by rows alone (`note_rows`).
+        fetch the rows that they read. Its gradients are row-sparse (`note_rows`).
         """
         if not self.weight.is_meta:
             self.to("cpu")
@@ -58,7 +58,7 @@ class xFormerEmbeddingBag(nn.Module):
         return super()._apply(apply_at_home, recurse)
 
     def note_rows(self, whole: bool = False) -> RowGradients:
-        """From now on the table's gradient is noted by rows, and `weight.grad` stays None; until `make_whole`, with
+        """From now on the table's gradient is row-sparse, and `weight.grad` stays None; until `make_whole`, with
         `whole`.
         """
         if self.row_gradients is None or self.row_gradients.whole != whole:
@@ -67,7 +67,7 @@ class xFormerEmbeddingBag(nn.Module):
 
     @property
     def ticket(self) -> torch.Tensor | None:
-        """What the lookup takes where gradients are noted by rows."""
+        """What the lookup takes where gradients are row-sparse."""
         return None if self.row_gradients is None else self.row_gradients.ticket
 
     def forward(self, indices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class xFormerEmbeddingBag(nn.Module):
     def _refuse_whole_gradient(self) -> None:
         is_whole = self.row_gradients is None or self.row_gradients.whole
         if is_whole and self.weight.requires_grad and torch.is_grad_enabled():
-            raise UserError("a table in the CPU's memory has gradients by rows only: optim.value_update=sparse")
+            raise UserError("a table in CPU RAM has row-sparse gradients only: set optim.value_update=sparse")
 
 
 class SlotProducts(xFormerEmbeddingBag):

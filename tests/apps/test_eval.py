@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, name, damage):
         ({"generator": GeneratorArgs(values_device="gpu")}, "generator.values_device: 'gpu' is neither null nor cpu"),
         (
             {"generator": GeneratorArgs(values_device="cpu", reduce_generation_overhead=True)},
-            "generator.reduce_generation_overhead: true goes not with values_device=cpu",
+            "generator.reduce_generation_overhead: true cannot be combined with values_device=cpu",
         ),
     ],
 )

@@ -314,7 +314,7 @@ def test_a_run_without_anything_is_left_out_beside_others(tmp_path, caplog):
         (["run", "out=run/metrics.jsonl"], "out: 'run/metrics.jsonl' is a file, not a folder"),
         (["run", "colour=red"], "colour: unknown key"),
         (["old", "x=tokens"], "x: tokens, but old/metrics.jsonl has no optim/total_tokens"),
-        (["run", "statistics=[median]"], "statistics: 'median' is none of mean, rms, which the probe has in 'run'"),
+        (["run", "statistics=[median]"], "statistics: 'median' must be one of mean, rms, which the probe has in 'run'"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, words, message):
@@ -491,7 +491,7 @@ def test_tables_that_do_not_fit_are_left_out(monkeypatch):
         (["rounds=0"], "rounds: 0 is too small"),
         (["dim=100"], "dim: 100 is no multiple of 64"),
         (["out=setup/test.sh/growth.json"], "out: 'setup/test.sh' is a file"),
-        (["dtype=int8"], "dtype: 'int8' is none of"),
+        (["dtype=int8"], "dtype: 'int8' must be one of"),
         (["plot=growth.pdf"], "plot: 'growth.pdf' ends in neither .png nor .svg"),
     ],
 )

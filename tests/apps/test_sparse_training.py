@@ -116,7 +116,9 @@ def test_tables_that_do_not_fit_the_cpus_memory(start, tmp_path):
 
 def test_tables_that_are_split_by_rows_are_refused(tiny):
     args = parse_args(TrainArgs, [f"config={tiny}", "distributed.fsdp_type=full_shard", SPARSE])
-    with pytest.raises(ValueError, match=re.escape("optim.value_update: sparse goes not with distributed.fsdp_type")):
+    with pytest.raises(
+        ValueError, match=re.escape("optim.value_update: sparse cannot be combined with distributed.fsdp_type")
+    ):
         validate_train_args(args, World(size=2))
     for key_value in ("distributed.memory_parallel_size=2", "distributed.tp_size=2"):
         args = parse_args(TrainArgs, [f"config={tiny}", "distributed.fsdp_type=full_shard", SPARSE, key_value])

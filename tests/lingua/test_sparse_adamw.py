@@ -467,7 +467,10 @@ def test_a_block_of_split_tables_compiles_into_one_graph(monkeypatch):
     [
         ({"value_update": "rows"}, "optim.value_update: 'rows' is neither dense nor sparse"),
         ({"value_update": "sparse", "value_rounding": "up"}, "optim.value_rounding: 'up' is neither nearest nor"),
-        ({"value_rounding": "stochastic"}, "optim.value_rounding: stochastic goes not with value_update=dense"),
+        (
+            {"value_rounding": "stochastic"},
+            "optim.value_rounding: stochastic cannot be combined with value_update=dense",
+        ),
     ],
 )
 def test_bad_arguments_name_their_key(options, message):

@@ -153,9 +153,9 @@ def test_fmha_without_a_gpu_is_one_line():
 
 
 def test_unknown_implementations_and_wrong_masks_are_refused():
-    with pytest.raises(ValueError, match="^attn_impl: 'flash' is none of sdpa, flex_attention, fmha$"):
+    with pytest.raises(ValueError, match="^attn_impl: 'flash' must be one of sdpa, flex_attention, fmha$"):
         build_model()(some_tokens(), attn_impl="flash")
-    with pytest.raises(ValueError, match="^attn_impl: 'flash' is none of"):
+    with pytest.raises(ValueError, match="^attn_impl: 'flash' must be one of"):
         build_model()(some_tokens(), attn_impl="flash", mask="causal")
     with pytest.raises(ValueError, match="^mask: flex_attention wants a BlockMask"):
         build_model()(some_tokens(), attn_impl="flex_attention", mask="causal")
@@ -339,7 +339,7 @@ def test_head_sizes(changes, sizes):
         ({"ffn_dim_multiplier": -1.0}, "model.ffn_dim_multiplier: -1.0 "),
         ({"ffn_dim_multiplier": 1e-9}, "model.ffn_dim_multiplier: 1e-09 "),
         ({"ffn_dim_multiplier": float("inf")}, "model.ffn_dim_multiplier: inf "),
-        ({"init_std_factor": "depth"}, "model.init_std_factor: 'depth' is none of disabled, "),
+        ({"init_std_factor": "depth"}, "model.init_std_factor: 'depth' must be one of disabled, "),
         ({"seed": -1}, "model.seed: -1 "),
         ({"sliding_window": 0}, "model.sliding_window: 0 "),
         ({"memory": {**MEMORY, "layers": "2"}}, "model.productkey_args.layers: "),
