@@ -74,7 +74,7 @@ from lingua.checkpoint_integrity import (
 from lingua.config import CheckpointArgs
 from lingua.config import SaveEvery as SaveEvery
 from lingua.data import redistribute_state
-from lingua.distributed import failing_alike, from_first_rank, is_of_a_lost_rank, together
+from lingua.distributed import broadcast_object, failing_alike, is_of_a_lost_rank, raise_on_all_ranks
 from lingua.errors import UserError
 from lingua.sharding import is_split, local_part, local_slices, split_like
 
@@ -139,12 +139,12 @@ class CheckpointManager:
         All files are read, by each rank a share. One that is damaged is passed over with a warning. Raises UserError
         where all of them are: a run that started at step 0 would replace them and its metrics.
         """
-        with together():
+        with raise_on_all_ranks():
             existing = list_checkpoints(self.path) if self.rank == 0 else []
-        existing = from_first_rank(existing)
+        existing = broadcast_object(existing)
         self.passed_over = {}
         for folder in reversed(existing):
-            problem = from_first_rank((find_damage(folder) or find_damaged_json(folder)) if self.rank == 0 else None)
+            problem = broadcast_object((find_damage(folder) or find_damaged_json(folder)) if self.rank == 0 else None)
             problem = problem or find_other_bytes(folder)
             if problem is None:
                 if self.rank == 0:
@@ -153,7 +153,7 @@ class CheckpointManager:
                 return folder
             self.passed_over[int(folder.name)] = problem
         if existing:
-            with together():
+            with raise_on_all_ranks():
                 raise UserError(
                     f"'{self.path}': no checkpoint is whole (of {len(existing)}); the newest, {existing[-1].name}: "
                     f"{self.passed_over[int(existing[-1].name)]}; restore one to go on from it, or move the folder "
@@ -439,14 +439,14 @@ def refuse_damaged(path: Path) -> None:
     All ranks call it together. Raises UserError that names the first file which is missing, cut short, or holds other
     bytes than were written. A checkpoint without checksums passes where its files have the right names and sizes.
     """
-    with together():
+    with raise_on_all_ranks():
         found = find_consolidated(path)
-    file = from_first_rank(found)
+    file = broadcast_object(found)
     if file is None:
         refuse_damaged_distributed(path, weights_only=True)
         return
     names = (file.name, CONFIG_FILE)
-    with together():
+    with raise_on_all_ranks():
         sums = read_checksums(file.parent) or {}
         problem = find_other_size(file.parent, {name: sums[name] for name in names if name in sums})
         _refuse(file.parent, problem)
@@ -457,7 +457,7 @@ def refuse_damaged(path: Path) -> None:
 
 def refuse_damaged_distributed(folder: Path, weights_only: bool = False) -> None:
     """As `refuse_damaged`, with the optimizer's state and the places in the data, unless `weights_only`."""
-    with together():
+    with raise_on_all_ranks():
         _refuse(folder, find_damage(folder))
         wanted = _spans_of_weights(folder) if weights_only else None
     _refuse_together(folder, find_other_bytes(folder, wanted))
@@ -471,7 +471,7 @@ def _refuse(folder: Path, problem: str | None) -> None:
 def _refuse_together(folder: Path, problem: str | None) -> None:
     """Of what all ranks have found alike."""
     if problem is not None:
-        with together():
+        with raise_on_all_ranks():
             _refuse(folder, problem)
 
 
@@ -510,20 +510,20 @@ def load_model(path: Path, model: nn.Module, compared: bool = False) -> None:
 
     All ranks call it together. Raises UserError as `load_training`, and where there is no checkpoint.
     """
-    with together():
+    with raise_on_all_ranks():
         found = find_consolidated(path)
         if found is None and not (path / ".metadata").is_file():
             refuse_parent(path)
             raise UserError(f"no checkpoint in '{path}': neither .metadata nor {CONSOLIDATED_FILE} is there")
     if not compared:
         refuse_damaged(path)
-    file = from_first_rank(found)
+    file = broadcast_object(found)
     if file is None:
         state = get_model_state_dict(model)
         _read_distributed(path, {"model": state}, model)
         set_model_state_dict(model, state)
         return
-    with together():
+    with raise_on_all_ranks():
         try:
             model.load_state_dict(_split_like(model, read_consolidated(file)))
         except RuntimeError as error:
@@ -653,7 +653,7 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
     """Fills the tensors of `state` from the folder, which must not hold parameters that the model lacks."""
     wanted = _flatten(state)
     # All that a rank can find wrong by itself comes before what ranks do for each other.
-    with together():
+    with raise_on_all_ranks():
         found = _stored_tensors(read_metadata(folder))
         for key, tensor in wanted.items():
             if key in found and tensor.shape != found[key].size:
@@ -674,11 +674,11 @@ def _read_distributed(folder: Path, state: dict[str, Any], model: nn.Module) -> 
             key: torch.empty_like(wanted[alike[0]].detach(), dtype=found[key].properties.dtype)
             for key in (name, *alike)
         }
-        with together():
+        with raise_on_all_ranks():
             _fill(folder, tensors)
-        with together():
+        with raise_on_all_ranks():
             model.canonicalize({key.removeprefix("model."): local_part(tensor) for key, tensor in tensors.items()})
-    with together():
+    with raise_on_all_ranks():
         _fill(folder, state)
 
 

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.futures import Future
 
 from lingua.args import first_line
-from lingua.distributed import from_first_rank, gather_objects, rank_and_size
+from lingua.distributed import broadcast_object, gather_objects, rank_and_size
 from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def find_other_bytes(folder: Path, wanted: dict[str, Spans] | None = None, alone
         except (OSError, ValueError) as error:
             problem = str(error)
     if not alone:
-        problem, blocks = from_first_rank((problem, blocks))
+        problem, blocks = broadcast_object((problem, blocks))
     if problem is None:
         begin, end = (len(blocks) * number // n_ranks for number in (rank, rank + 1))
         problem = _compare(folder, blocks[begin:end])

@@ -265,7 +265,7 @@ def any_rank(*flags: bool) -> list[bool]:
     return [count > 0 for count in reduce_sum([float(flag) for flag in flags])]
 
 
-def from_first_rank(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """The first rank's value, on all ranks."""
     if not dist.is_initialized():
         return value
@@ -284,7 +284,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Around what all ranks do: a ValueError or OSError of one of them ends it on all, and no rank is left waiting.
 
     The first rank that has an error raises it; the others leave by SystemExit, silently. A ValueError that is no

@@ -140,7 +140,7 @@ def run_main(main: Callable[[], None]) -> None:
             traceback.print_exc()
         message = " ".join(str(error).split())
         if lost:
-            from lingua.watch import is_first_to_tell, name_lost_ranks
+            from lingua.heartbeat import is_first_to_tell, name_lost_ranks
 
             while not is_first_to_tell():  # another thread does, and ends the process
                 time.sleep(1)
@@ -164,7 +164,7 @@ def check_command_line(cls: type, argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def explaining_memory(message: str) -> Iterator[None]:
+def oom_as_user_error(message: str) -> Iterator[None]:
     """Turns running out of memory, a GPU's or the CPU's, into a UserError of this message."""
     import torch
 

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from lingua.config import ProfilingArgs
 from lingua.errors import UserError
 from lingua.flops import known_peak, measured_peak, synchronize
-from lingua.watch import silent_stderr
+from lingua.heartbeat import silent_stderr
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
-from lingua.product_key.fetched_lookup import bring_rows
+from lingua.product_key.cpu_offload import bring_rows
 from lingua.product_key.row_gradients import RowGradients
 from lingua.sharding import local_offsets, local_part
 

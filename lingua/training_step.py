@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from lingua.distributed import DTYPES
-from lingua.guards import seed_of_backward
+from lingua.nonfinite import initial_grad
 from lingua.optim import clip_gradients
 from lingua.parallelize import GradientReducer
 
@@ -55,7 +55,7 @@ class TrainingStep:
         for number, tokens in enumerate(batches, start=1):
             self.reducer.begin(last=number == n_batches)
             loss = self.loss(tokens)
-            (loss / n_batches).backward(seed_of_backward(loss))
+            (loss / n_batches).backward(initial_grad(loss))
             loss_sum += loss.detach()
             after_batch(number, loss_sum)
         self.reducer.finish()

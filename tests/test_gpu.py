@@ -20,13 +20,13 @@ from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.args import from_dict
 from lingua.distributed import DistributedArgs, World
-from lingua.guards import Guard, GuardArgs, seed_of_backward
 from lingua.loss import linear_cross_entropy, tokens_of_chunk
 from lingua.memory_use import MemoryUse
+from lingua.nonfinite import Guard, GuardArgs, initial_grad
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
 from lingua.parallelize import parallelize, validate_parallelism
 from lingua.probe import probe
-from lingua.product_key import fetched_lookup, large_search
+from lingua.product_key import cpu_offload, large_search
 from lingua.product_key import search as search_module
 from lingua.product_key.memory import HashingMemory, ProductKeyArgs
 from lingua.product_key.search import search
@@ -382,7 +382,7 @@ def test_a_step_that_is_not_finite_changes_nothing(update):
     for step in range(1, 5):
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(tokens[:, :-1], tokens[:, 1:]) * (float("nan") if step in (2, 3) else 1)
-        loss.backward(seed_of_backward(loss))
+        loss.backward(initial_grad(loss))
         norms = clip_gradients(model, 1.0)
         torch.cuda.set_sync_debug_mode("error" if update == "dense" else "default")
         optimizer.found_inf = guard.decide(step, loss.detach(), norms)
@@ -482,11 +482,11 @@ def test_rows_go_to_the_gpu_and_back(dtype):
         slots = torch.randperm(len(table), device="cuda")[:n]
         for _ in range(3):
             busy @ busy
-            fetched = fetched_lookup._fetch(table, slots, slots.device)[:n]
+            fetched = cpu_offload._fetch(table, slots, slots.device)[:n]
             assert torch.equal(fetched, on_gpu[slots])
             busy @ busy
             back = torch.full_like(table, float("nan"))
-            for some, rows in fetched_lookup.bring_rows(slots, fetched, table.device, 7000):
+            for some, rows in cpu_offload.bring_rows(slots, fetched, table.device, 7000):
                 assert len(some) <= 7000
                 back[some] = rows
             assert torch.equal(back[slots.cpu()], table[slots.cpu()])

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from apps.bench.report import report
 from lingua.args import parse_args
-from lingua.distributed import reduce_sum, together
+from lingua.distributed import raise_on_all_ranks, reduce_sum
 from lingua.errors import UserError
 from lingua.launch import run_main
 
@@ -59,7 +59,7 @@ def microseconds(call: Callable[[], object], args: BenchArgs) -> float:
 
 
 def agree() -> None:
-    with together():
+    with raise_on_all_ranks():
         pass
 
 

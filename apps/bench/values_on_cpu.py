@@ -26,7 +26,7 @@ from lingua.args import parse_args
 from lingua.distributed import DTYPES
 from lingua.errors import UserError
 from lingua.launch import run_main
-from lingua.product_key.fetched_lookup import fetch_rows
+from lingua.product_key.cpu_offload import fetch_rows
 from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.sparse_adamw import SparseAdamW
 

@@ -57,7 +57,7 @@ from apps.main.validation import (
 from lingua import slurm
 from lingua.args import check_writable, from_dict, parse_args, read_yaml, to_dict, to_yaml, write_whole
 from lingua.checkpoint import find_damage, list_checkpoints
-from lingua.distributed import find_world, from_first_rank, process_group, together
+from lingua.distributed import broadcast_object, find_world, process_group, raise_on_all_ranks
 from lingua.errors import UserError
 from lingua.launch import StopSignal, run_main
 from lingua.logger import init_logger
@@ -266,7 +266,7 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
     logger.info("%s: %s parameters, in %s on %s", args.ckpt_dir, f"{size:,}", generator_args.dtype, where)
     found: dict[str, Any] = {}
     settings = settings_of(args)
-    with together():
+    with raise_on_all_ranks():
         files = validation_files(args.validation, config["data"]) if args.validation is not None else {}
         if args.validation is not None and not files and args.harness is None:
             raise UserError(
@@ -296,7 +296,7 @@ def _evaluate(args: EvalArgs, should_stop: Callable[[], bool] | None) -> dict[st
             file, n_tokens = Path(args.dump_dir) / SLOT_READS_FILE, args.validation.slot_reads
             metadata = {SETTINGS: json.dumps(settings["slot_reads"])}
             slot_reads.write_slot_reads(file, generator, files, config["data"], n_tokens, should_stop, metadata)
-    with together():
+    with raise_on_all_ranks():
         if find_world().rank == 0:
             _write(args, found)
     return found
@@ -390,7 +390,7 @@ def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -
     and data that cannot work, and EvaluationStopped where `should_stop` says so on any rank.
     """
     rank = find_world().rank
-    with together():
+    with raise_on_all_ranks():
         # As the first rank sees the disk: others may see it later.
         found_here = find_checkpoints(args) if rank == 0 else []
         validate_eval_args(args)
@@ -402,12 +402,12 @@ def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -
         for key in ("dump_dir", "metric_log_dir"):
             if rank == 0 and getattr(args, key) is not None:
                 check_writable(key, Path(getattr(args, key)), ROOM_FOR_RESULTS)
-    checkpoints = from_first_rank(found_here)
+    checkpoints = broadcast_object(found_here)
     several = args.ckpt_dir == "all"
     wandb_run, curve = None, []
     with contextlib.ExitStack() as stack:
         if args.wandb is not None:
-            with together():
+            with raise_on_all_ranks():
                 if rank == 0:
                     folder = (
                         Path(args.dump_dir) / "evals" if args.ckpt_dir in ("latest", "all") else Path(args.dump_dir)
@@ -417,7 +417,7 @@ def launch_eval(args: EvalArgs, should_stop: Callable[[], bool] | None = None) -
                     stack.push(lambda kind, *_: wandb_run.finish(exit_code=0 if kind is None else 1))
         found: dict[str, Any] = {}
         for number, each in enumerate(checkpoints, start=1):
-            done = several and from_first_rank(is_done(each))
+            done = several and broadcast_object(is_done(each))
             if several:
                 logger.info("%s of %s: %s%s", number, len(checkpoints), each.dump_dir, " is there" if done else "")
             found = _read_found(each) if done else evaluate_checkpoint(each, should_stop)

@@ -1,7 +1,7 @@
 """Whether a run can fit this machine's memory: arithmetic on the config, before anything is built.
 
 A lower bound of what a rank holds, so what is refused here could not have run; what is let through can still be too
-much, which is told where it happens (`explaining_memory`). It is of a step: a checkpoint is read in parts into
+much, which is told where it happens (`oom_as_user_error`). It is of a step: a checkpoint is read in parts into
 parameters and moments (lingua/checkpoint.py), which takes less.
 """
 

@@ -47,11 +47,11 @@ from lingua.checkpoint import (
     refuse_damaged,
 )
 from lingua.data import DataArgs
-from lingua.distributed import DTYPES, find_world, together
+from lingua.distributed import DTYPES, find_world, raise_on_all_ranks
 from lingua.errors import UserError
 from lingua.inference import can_speed_up, fast_linear, speed_up
 from lingua.kv_cache import KVCache, Packing, read_without_cache
-from lingua.launch import explaining_memory, run_main
+from lingua.launch import oom_as_user_error, run_main
 from lingua.logger import init_logger
 from lingua.memory_layer import MemoryLayer
 from lingua.metrics import format_duration
@@ -114,10 +114,10 @@ def load_consolidated_model_and_tokenizer(
     Raises UserError where there is no such checkpoint, or not a whole one.
     """
     path = Path(path)
-    with together():
+    with raise_on_all_ranks():
         config_file = _find_config(path)
     refuse_damaged(path)
-    with together():
+    with raise_on_all_ranks():
         config = read_json(config_file, ("data", "model"))
         data_args = from_dict(DataArgs, config["data"], f"data in {config_file}")
         config["data"], tokenizer_args = to_dict(data_args), data_args.tokenizer
@@ -137,7 +137,7 @@ def load_consolidated_model_and_tokenizer(
         device = device or torch.device("cpu")
         if values_device == "cpu":
             model.keep_values_on_cpu(device)
-        with explaining_memory("generator.dtype: the whole model does not fit this GPU's memory, beside what is there"):
+        with oom_as_user_error("generator.dtype: the whole model does not fit this GPU's memory, beside what is there"):
             model.to_empty(device=device)
         model.rope_embeddings.reset_parameters()
     load_model(path, model, compared=True)
@@ -739,7 +739,7 @@ def main() -> None:
     generator = PackedCausalTransformerGenerator(args, model, tokenizer, config["data"]["add_bos"])
     cut_prompts([], args, model.max_seqlen)
     too_large = f"max_tokens: {args.max_tokens} tokens at once do not fit the GPU's memory; lower it"
-    with saving(args.out) as save, explaining_memory(too_large):
+    with saving(args.out) as save, oom_as_user_error(too_large):
         if prompts:
             answers = answer_all(generator, prompts, save)
         elif args.prompt is not None:

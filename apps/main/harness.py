@@ -40,9 +40,9 @@ from apps.main.generate import (
 )
 from apps.main.validation import EvaluationStopped
 from lingua.args import first_line
-from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
+from lingua.distributed import any_rank, broadcast_object, gather_objects, raise_on_all_ranks, rank_and_size
 from lingua.errors import UserError
-from lingua.launch import explaining_memory
+from lingua.launch import oom_as_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class SharedGenerator:
     def serve(self) -> None:
         """Works for the first rank until that leaves `asking`. For the other ranks."""
         stopped = None
-        while (task := from_first_rank("nothing yet")) != "the end":
+        while (task := broadcast_object("nothing yet")) != "the end":
             if task != "nothing yet":
                 try:
                     self._work(task)
@@ -242,7 +242,7 @@ class SharedGenerator:
             while not done.wait(HEARTBEAT):
                 with self._talking:
                     if not done.is_set():
-                        from_first_rank("nothing yet")
+                        broadcast_object("nothing yet")
 
         heart = threading.Thread(target=show_life, daemon=True)
         heart.start()
@@ -251,12 +251,12 @@ class SharedGenerator:
         finally:
             done.set()
             heart.join()
-            from_first_rank("the end")
+            broadcast_object("the end")
 
     def _ask(self, task: _Scoring | _Generating) -> list[Any]:
         with self._talking:
             if self.size > 1:
-                from_first_rank(task)
+                broadcast_object(task)
             shares = self._work(task)
         for share in shares:
             if isinstance(share, Exception):
@@ -287,7 +287,7 @@ class SharedGenerator:
                 max_tokens = self.generator.args.max_tokens
                 too_large = f"generator.max_tokens: {max_tokens} tokens at once do not fit a GPU's memory; lower it"
                 try:
-                    with explaining_memory(too_large):
+                    with oom_as_user_error(too_large):
                         answers = self._answer(task, batch, first + self.rank, progress)
                         mine.update(zip(batch, answers, strict=True))
                 except Exception as error:
@@ -480,7 +480,7 @@ def run_harness(
     """
     shared = SharedGenerator(generator, should_stop)
     results = None
-    with together():
+    with raise_on_all_ranks():
         if shared.rank == 0:
             arguments = {k: v for k, v in harness.items() if k not in (*_IGNORED, "include_path")}
             try:

@@ -28,7 +28,7 @@ import torch
 
 from apps.main.generate import PackedCausalTransformerGenerator
 from apps.main.validation import check_stop, rows_of, watch_searches
-from lingua.distributed import rank_and_size, together
+from lingua.distributed import raise_on_all_ranks, rank_and_size
 from lingua.sources import Faults, encode_document, read_documents
 from lingua.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def write_slot_reads(
     All ranks call it together; the first one does it. Raises UserError for documents that cannot be read, OSError
     where the file cannot be written, and EvaluationStopped on all ranks where `should_stop` says so on any.
     """
-    with together():
+    with raise_on_all_ranks():
         if rank_and_size()[0] == 0:
             _write(file, generator, files, train_data, n_tokens, should_stop or (lambda: False), metadata)
     check_stop(should_stop)

@@ -66,26 +66,21 @@ from lingua.data import (
 from lingua.distributed import (
     DTYPES,
     World,
+    broadcast_object,
     data_rank,
     find_ranks,
     find_world,
-    from_first_rank,
     gather_objects,
     process_group,
+    raise_on_all_ranks,
     reduce_sum,
     steps_to_next_check,
-    together,
     validate_distributed_args,
 )
 from lingua.errors import UserError
 from lingua.flops import known_peak
-from lingua.guards import (
-    Guard,
-    check_weights,
-    refuse_optimizer,
-    validate_guard_args,
-)
-from lingua.launch import StopSignal, explaining_memory, run_main, set_environment, validate_environment
+from lingua.heartbeat import WAITING_FOR_RANKS, Watch
+from lingua.launch import StopSignal, oom_as_user_error, run_main, set_environment, validate_environment
 from lingua.logger import LOCK_FILE, add_log_file, claim, init_logger, remove_log_file
 from lingua.memory_use import MemoryUse
 from lingua.metrics import (
@@ -97,6 +92,12 @@ from lingua.metrics import (
     power_draw,
     start_wandb,
     validate_logging_args,
+)
+from lingua.nonfinite import (
+    Guard,
+    check_weights,
+    refuse_optimizer,
+    validate_guard_args,
 )
 from lingua.optim import (
     OptimArgs,
@@ -113,7 +114,6 @@ from lingua.probe import append_probe, drop_probes_after, probe
 from lingua.profiling import Profiler, Workload, validate_profiling_args
 from lingua.tokenizer import build_tokenizer
 from lingua.training_step import TrainingStep
-from lingua.watch import WAITING_FOR_RANKS, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -373,7 +373,7 @@ class Run:
         self.optimizer, self.scheduler = build_optimizer(self.model, args.optim, args.steps, args.seed)
         model_dtype = args.distributed.model_dtype
         self.training_step = TrainingStep(self.model, self.reducer, self.optimizer, model_dtype, device)
-        with together():
+        with raise_on_all_ranks():
             refuse_optimizer(self.optimizer)
         if resume_from is not None:
             make_state(self.optimizer)
@@ -386,7 +386,7 @@ class Run:
                 raise UserError(f"checkpoint.init_ckpt_path: {error}") from None
             logger.info("weights from %s", args.checkpoint.init_ckpt_path)
         self.memory_use = MemoryUse(self.model.memories() if args.logging.memory_use else {})
-        if resume_from is not None and not self.memory_use.load(from_first_rank(self.slots_read)):
+        if resume_from is not None and not self.memory_use.load(broadcast_object(self.slots_read)):
             logger.warning("%s does not tell which memory slots were read: counted from here on", resume_from)
 
     def fetch(self, loader: Iterator[Batch], n_steps: int) -> None:
@@ -431,7 +431,7 @@ class Run:
         acc_freq = self.args.logging.acc_freq
         if acc_freq is None or n_done == self.args.grad_acc_steps or n_done % acc_freq:
             return
-        with together():
+        with raise_on_all_ranks():
             mean = self.mean_over_ranks(loss_sum / n_done)
             if self.metrics is not None:
                 self.metrics.log({"global_step": self.step, "acc_step": n_done, "loss/out": mean})
@@ -490,7 +490,7 @@ class Run:
     def save(self, needed: bool) -> None:
         """Writes a checkpoint. Where that fails it is told, and training goes on, or ends where it was `needed`."""
         self.watch.at("saving a checkpoint", self.step)
-        with together():
+        with raise_on_all_ranks():
             check_weights(self.model, self.step)
         train_state = {
             "step": self.step,
@@ -512,7 +512,7 @@ class Run:
     def is_saved_within(self, seconds: float) -> bool:
         """Whether a checkpoint takes no longer, going by the last one or by its size. The same on all ranks."""
         expected = self.checkpoints.seconds or checkpoint_bytes(self.model) / SAVED_A_SECOND
-        return from_first_rank(expected <= seconds)
+        return broadcast_object(expected <= seconds)
 
     def finish_saving(self, needed: bool = False) -> None:
         """Waits for what is being written in the background. Failures as in `save`."""
@@ -525,7 +525,7 @@ class Run:
             yield
         except OSError as error:  # the same on all ranks
             if needed:
-                with together():
+                with raise_on_all_ranks():
                     raise
             if self.world.rank == 0:
                 logger.error("%s; training goes on without it", error)
@@ -649,17 +649,17 @@ def finish(args: TrainArgs, world: World, signals: contextlib.ExitStack) -> tupl
     """Trains what is left to be trained, and closes all but `signals`; the run and the step that it began at."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(
-            explaining_memory("data.batch_size, model.*: the run does not fit the memory; make it smaller")
+            oom_as_user_error("data.batch_size, model.*: the run does not fit the memory; make it smaller")
         )
         stack.enter_context(process_group(world, args.distributed.timeout))
         # Not before the ranks have met: who waits for one that never comes is ended by TERM as any process is (in a job
         # of lingua.stool, where it is blocked until now, by the time that ranks have to meet, or by SLURM's KILL).
         stop_signal = signals.enter_context(StopSignal())
         watch = stack.enter_context(Watch(args.distributed.timeout, Path(args.dump_dir) / "stacks"))
-        with together():
+        with raise_on_all_ranks():
             run = Run(args, world, watch)
         resume_from = run.find_checkpoint()
-        with together():
+        with raise_on_all_ranks():
             run.go_to(resume_from)
             first_step = run.step
             if run.step >= args.steps:
@@ -693,7 +693,7 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
     if run.world.rank == 0:
         for line in describe_shared_sources(shared, run.loader_state["made_with"]["streams"]):
             logger.warning("%s", line)
-    with together():
+    with raise_on_all_ranks():
         # Before anything there is cleaned up, which another run may be writing. Where no run has been, no file is made
         # before all is checked.
         if run.world.rank == 0 and os.access(Path(args.dump_dir) / LOCK_FILE, os.W_OK):
@@ -710,12 +710,12 @@ def train_from(run: Run, resume_from: Path | None, stop_signal: StopSignal, stac
         loader = stack.enter_context(build_dataloader_from_args(args.data, run.loader_state, patience))
         batches = itertools.chain([next(loader)], loader)
     run.materialize(resume_from)
-    with together():
+    with raise_on_all_ranks():
         stack.enter_context(open_logs(run))
-    with together():
+    with raise_on_all_ranks():
         keep = bool(run.checkpoints.passed_over)
         drop_probes_after(Path(args.dump_dir), run.step, run.world.rank, run.world.size, keep)
-    with together():
+    with raise_on_all_ranks():
         # Last: where the run is killed before, the next start finds them damaged again, and keeps those metrics too.
         run.checkpoints.set_aside()
     stack.enter_context(run.profiler)
@@ -736,7 +736,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
     All ranks wait for each other at a check, and agree on what any of them has: a stop signal, an error in the data,
     bad steps. Each has the batches of all steps up to the next check by then, so none of them waits in a step for a
     rank that cannot do it. What happens in between is answered at the next check; a bad step is skipped at once, since
-    the gradients carry that to all ranks (lingua/guards.py).
+    the gradients carry that to all ranks (lingua/nonfinite.py).
     """
     steps = run.args.steps
     if run.step > 0 and run.checkpoints.args.eval.is_due(run.step):
@@ -770,7 +770,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         batches = run.fetched.popleft()
         step = run.train_step(batches)
         if run.logs(run.step):
-            with together():
+            with raise_on_all_ranks():
                 run.log_step(step)
         if run.profiler.end_step():
             run.stopwatch.restart_lap()
@@ -795,7 +795,7 @@ def train_steps(run: Run, loader: Iterator[Batch], stop_signal: StopSignal) -> N
         elif run.world.rank == 0:
             logger.warning("step %s is not saved, which takes long; the newest is %s", run.step, run.checkpoints.saved)
     if failing:
-        with together():
+        with raise_on_all_ranks():
             if run.data_error is not None and not run.fetched:
                 raise run.data_error
     if run.step < steps:
@@ -811,7 +811,7 @@ def answer_bad_steps(run: Run, told: list[float]) -> None:
     """
     if not run.guard.hear(told):
         return
-    with together():
+    with raise_on_all_ranks():
         lines = run.guard.explain()
     step = run.guard.step_to_compute_again()
     if step is not None:
@@ -825,7 +825,7 @@ def answer_bad_steps(run: Run, told: list[float]) -> None:
     if run.step > run.checkpoints.saved:
         run.save(needed=False)
         run.finish_saving()
-    with together():
+    with raise_on_all_ranks():
         raise UserError(run.guard.why_over(run.step, run.checkpoints.saved))
 
 

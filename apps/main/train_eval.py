@@ -23,7 +23,7 @@ from apps.main.eval import (
 from apps.main.validation import EvaluationStopped, validation_files
 from lingua import slurm
 from lingua.args import from_dict, to_dict
-from lingua.distributed import from_first_rank, together
+from lingua.distributed import broadcast_object, raise_on_all_ranks
 from lingua.errors import UserError
 from lingua.launch import StopSignal
 from lingua.stool import FOR_JOBS_WITHIN, SCRIPT_FILE, StoolArgs, launch_job, list_jobs
@@ -99,14 +99,14 @@ def evaluate(run: Run, stop_signal: StopSignal) -> None:
             logger.warning("step %s is not evaluated: it has no checkpoint", step)
         return
     try:
-        with together():
+        with raise_on_all_ranks():
             # Its folder as the first rank sees the disk: others may see it later.
             wanted = evaluation_args(args, step) if run.world.rank == 0 else None
             if wanted is not None and args.async_eval_gpus is not None:
                 submit_evaluation(wanted, args.async_eval_gpus)
         if args.async_eval_gpus is not None:
             return
-        wanted = from_first_rank(wanted)
+        wanted = broadcast_object(wanted)
         logger.info("evaluating step %s", step)
         found = evaluate_checkpoint(wanted, should_stop=lambda: stop_signal.name is not None)
         if run.metrics is not None:
@@ -129,12 +129,12 @@ def lacks_evaluation(run: Run) -> bool:
     all ranks.
     """
     lacks = False
-    with together():
+    with raise_on_all_ranks():
         if run.world.rank == 0:
             wanted = evaluation_args(run.args, run.step)
             submitted = run.args.async_eval_gpus is not None and Path(wanted.dump_dir, SCRIPT_FILE).exists()
             lacks = Path(wanted.ckpt_dir).is_dir() and not is_done(wanted) and not submitted
-    return from_first_rank(lacks)
+    return broadcast_object(lacks)
 
 
 def find_awaited(args: TrainArgs, steps: list[int]) -> set[int]:

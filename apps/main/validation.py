@@ -20,9 +20,9 @@ from torch import nn
 from apps.main.config import ValidationArgs
 from apps.main.generate import PackedCausalTransformerGenerator, Progress, batches_by_length
 from apps.main.transformer import LMTransformer
-from lingua.distributed import any_rank, from_first_rank, gather_objects, rank_and_size, together
+from lingua.distributed import any_rank, broadcast_object, gather_objects, raise_on_all_ranks, rank_and_size
 from lingua.errors import UserError
-from lingua.launch import explaining_memory
+from lingua.launch import oom_as_user_error
 from lingua.sources import (
     VALIDATION_FILES,
     Faults,
@@ -160,7 +160,7 @@ def all_documents(files: list[Path], encode: Encode, faults: Faults) -> Iterator
     begins = dict(zip(files, itertools.accumulate(sizes, initial=0), strict=False))
     documents = itertools.chain.from_iterable(read_documents(file, faults) for file in files)
     while True:
-        with together():
+        with raise_on_all_ranks():
             at_hand = list(itertools.islice(documents, DOCUMENTS_AT_ONCE))
             mine = [encode(text, place) for text, place in at_hand[rank::n_ranks]]
             _refuse_faults(mine, faults)
@@ -222,9 +222,9 @@ def sampled_documents(
     order of the files. All ranks iterate together; each reads and encodes some, and keeps them until they are due.
     """
     rank, n_ranks = rank_and_size()
-    with together():
+    with raise_on_all_ranks():
         places = find_documents(files) if rank == 0 else None
-    places = from_first_rank(places)
+    places = broadcast_object(places)
     order = spread_evenly(len(places))
     mine: dict[int, Encoded] = {}
     chosen: list[int] = []
@@ -234,7 +234,7 @@ def sampled_documents(
         # A document makes a row or more, with few exceptions.
         numbers = order[n_seen : n_seen + min(DOCUMENTS_AT_ONCE, max_rows - n_rows)]
         n_seen += len(numbers)
-        with together():
+        with raise_on_all_ranks():
             found = list(read_at(files, places[numbers[rank::n_ranks]], encode))
             _refuse_faults(found, faults)
         mine.update(
@@ -309,7 +309,7 @@ def validate_source(
         done = progress.done
         batches = batches_by_length([len(row) - 1 for row in rows], at_once)
         too_large = f"generator.max_tokens, or data.batch_size: {at_once} tokens at once do not fit the GPU's memory"
-        with together(), explaining_memory(too_large):
+        with raise_on_all_ranks(), oom_as_user_error(too_large):
             for number, batch in enumerate(batches[rank::n_ranks], start=1):
                 losses += [-ll.double().sum().item() for ll, _ in generator.score_batch([rows[i] for i in batch])]
                 progress.done = done + (chunk.done - done) * number * n_ranks // (len(batches) + n_ranks)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lingua.errors import UserError
 from lingua.initialize import normal
-from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
+from lingua.product_key.cpu_offload import fetched_embedding_bag, fetched_slot_products
 from lingua.product_key.row_gradients import RowGradients
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 

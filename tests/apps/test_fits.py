@@ -22,7 +22,7 @@ from apps.main.transformer import count_parameters
 from lingua.args import parse_args
 from lingua.data import QUEUED_BATCHES
 from lingua.distributed import World
-from lingua.launch import explaining_memory
+from lingua.launch import oom_as_user_error
 from lingua.optim import build_optimizer
 from tests.helpers.training import REPOSITORY
 
@@ -184,8 +184,8 @@ def test_limits_of_the_machine_count(monkeypatch, tmp_path):
 def test_running_out_of_memory_is_told_in_one_line():
     with (
         pytest.raises(ValueError, match=r"^model: too large \(.*DefaultCPUAllocator"),
-        explaining_memory("model: too large"),
+        oom_as_user_error("model: too large"),
     ):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="^model: too large$"), explaining_memory("model: too large"):
+    with pytest.raises(ValueError, match="^model: too large$"), oom_as_user_error("model: too large"):
         bytearray(2**62)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lingua.product_key import xformer_embeddingbag
-from lingua.product_key.fetched_lookup import fetched_embedding_bag, fetched_slot_products
+from lingua.product_key.cpu_offload import fetched_embedding_bag, fetched_slot_products
 from lingua.product_key.value_table import xFormerEmbeddingBag
 from lingua.product_key.xformer_embeddingbag import slot_products, xformers_embedding_bag
 from tests.helpers.lookups import DTYPES, TOLERANCE, check_sums, draw

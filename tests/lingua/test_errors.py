@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from lingua.distributed import World, process_group, together
+from lingua.distributed import World, process_group, raise_on_all_ranks
 from lingua.errors import UserError
 from lingua.launch import run_main
 from tests.helpers.ranks import run_ranks
@@ -53,7 +53,7 @@ def test_a_bug_shows_its_traceback(capfd):
 def test_one_rank_raises_what_it_has():
     """With its traceback."""
     for main, kind in ((of_the_user, UserError), (of_a_disk, OSError), (a_bug, ValueError)):
-        with pytest.raises(kind) as caught, together():
+        with pytest.raises(kind) as caught, raise_on_all_ranks():
             main()
         assert caught.traceback[-1].name == main.__name__
 
@@ -61,7 +61,7 @@ def test_one_rank_raises_what_it_has():
 def outcome_of(kind: str) -> str:
     """Of this rank, where the second one fails."""
     try:
-        with together():
+        with raise_on_all_ranks():
             if dist.get_rank() == 1:
                 {"user": of_the_user, "disk": of_a_disk, "bug": a_bug}[kind]()
     except (Exception, SystemExit) as error:

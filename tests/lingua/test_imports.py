@@ -52,7 +52,7 @@ def test_nothing_global_changes():
     (changed, _), (changed_by_model, modules_of_model), _, (changed_later, _) = map(json.loads, lines)
     assert changed == changed_by_model == changed_later == []
     # The layer, and a model, need nothing of a running job, nor torch's largest modules.
-    of_a_job = {f"lingua.{name}" for name in ("args", "data", "distributed", "launch", "watch")}
+    of_a_job = {f"lingua.{name}" for name in ("args", "data", "distributed", "launch", "heartbeat")}
     assert not (of_a_job | {"torch.distributed.tensor", "torch._dynamo", "sympy"}) & set(modules_of_model)
 
 

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from lingua import watch as watch_module
+from lingua import heartbeat as heartbeat_module
 from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
-from lingua.watch import Watch
+from lingua.heartbeat import Watch
 from tests.helpers.ranks import run_ranks
 
 # --- the loader ---------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_a_file_that_does_not_open(files, tmp_path):
 
 def wait_for_one_that_sleeps(folder):
     """What a rank does that waits in something without a time limit, and one that is behind it."""
-    watch_module.PATIENCE_WITH_COLLECTIVES = 1
+    heartbeat_module.PATIENCE_WITH_COLLECTIVES = 1
     os.dup2(os.open(f"{folder}/{dist.get_rank()}.err", os.O_CREAT | os.O_WRONLY), 2)
     with Watch(0.5, Path(folder) / "stacks") as watch:
         watch.at("waiting for data", 7)

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from lingua.distributed import World, local_part, reduce_sum
-from lingua.guards import (
+from lingua.nonfinite import (
     Guard,
     GuardArgs,
     Usual,
     check_weights,
+    initial_grad,
     refuse_optimizer,
-    seed_of_backward,
     validate_guard_args,
 )
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
@@ -83,7 +83,7 @@ class Trainer:
                 self.reducer.begin(last=last)
                 with self.autocast:
                     loss = self.model(tokens, tokens)
-                (loss / 2).backward(seed_of_backward(loss))
+                (loss / 2).backward(initial_grad(loss))
                 losses += loss.detach()
         self.reducer.finish()
         norms = clip_gradients(self.model, 1.0)

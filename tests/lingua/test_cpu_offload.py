@@ -19,7 +19,7 @@ from apps.main.transformer import LMTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, load_training
 from lingua.distributed import DistributedArgs, World, data_rank, validate_distributed_args
 from lingua.optim import OptimArgs, build_optimizer, clip_gradients
-from lingua.product_key import fetched_lookup
+from lingua.product_key import cpu_offload
 from lingua.product_key.value_table import SlotProducts, xFormerEmbeddingBag
 from tests.helpers.layouts import LAYOUTS, MODELS, SEQ_LEN, VOCABULARY, build, distributed_args, here, whole
 from tests.helpers.ranks import run_ranks
@@ -46,11 +46,11 @@ def fetches(monkeypatch) -> list[int]:
     """How many rows each fetch has brought, in order."""
     counts = []
 
-    def counting(weight, slots, device, fetch=fetched_lookup._fetch):
+    def counting(weight, slots, device, fetch=cpu_offload._fetch):
         counts.append(len(slots))
         return fetch(weight, slots, device)
 
-    monkeypatch.setattr(fetched_lookup, "_fetch", counting)
+    monkeypatch.setattr(cpu_offload, "_fetch", counting)
     return counts
 
 
@@ -125,7 +125,7 @@ def test_operators_are_sound(operator):
     weight, indices = torch.randn(20, 4), torch.tensor([[3, 7, 3], [0, 7, 19]])
     inputs = (indices, weight)
     if operator != "fetch_rows":
-        inputs += fetched_lookup.fetch_rows(indices, weight)
+        inputs += cpu_offload.fetch_rows(indices, weight)
         other = (2, 3) if operator == "fetched_sums" else (2, 4)
         inputs += (torch.randn(other, requires_grad=True), *([torch.float32] if operator == "fetched_sums" else []))
     torch.library.opcheck(getattr(torch.ops.lingua, operator).default, inputs)
@@ -135,21 +135,19 @@ def test_operators_are_sound(operator):
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 40])
 def test_rows_go_through_buffers(monkeypatch, staged, n):
     """In both directions; a buffer holds so many rows."""
-    monkeypatch.setattr(fetched_lookup, "STAGED", staged * 5 * 4)
-    monkeypatch.setattr(fetched_lookup, "_staging", lambda device, made={}: made.setdefault(0, _staging(device)))
+    monkeypatch.setattr(cpu_offload, "STAGED", staged * 5 * 4)
+    monkeypatch.setattr(cpu_offload, "_staging", lambda device, made={}: made.setdefault(0, _staging(device)))
     table, slots = torch.randn(50, 5), torch.randperm(50)[:n]
-    fetched = fetched_lookup._fetch(table, slots, ELSEWHERE)
+    fetched = cpu_offload._fetch(table, slots, ELSEWHERE)
     assert max(n, 2) <= len(fetched) <= max(n + 1, n * 9 // 8, 2)
     assert torch.equal(fetched[:n], table[slots])
-    brought = [
-        (some.clone(), rows.clone()) for some, rows in fetched_lookup.bring_rows(slots, fetched[:n], ELSEWHERE, 2)
-    ]
+    brought = [(some.clone(), rows.clone()) for some, rows in cpu_offload.bring_rows(slots, fetched[:n], ELSEWHERE, 2)]
     assert all(len(some) <= 2 for some, _ in brought)
     assert torch.equal(torch.cat([some for some, _ in brought]), slots)
     assert torch.equal(torch.cat([rows for _, rows in brought]), table[slots])
 
 
-_staging = fetched_lookup._staging.__wrapped__
+_staging = cpu_offload._staging.__wrapped__
 
 
 # --- the module ------------------------------------------------------------------------------------------------------
@@ -182,7 +180,7 @@ def test_there_are_no_dense_gradients():
     table = xFormerEmbeddingBag(9, 4)
     table.keep_on_cpu(torch.device("cpu"))
     inputs = torch.tensor([[1, 3]]), torch.ones(1, 2)
-    with pytest.raises(ValueError, match=r"gradients by rows only: optim\.value_update=sparse"):
+    with pytest.raises(ValueError, match=r"row-sparse gradients only: set optim\.value_update=sparse"):
         table(*inputs)
     with torch.no_grad():
         expected = table(*inputs)

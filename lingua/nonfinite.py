@@ -66,7 +66,7 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def seed_of_backward(loss: torch.Tensor) -> torch.Tensor:
+def initial_grad(loss: torch.Tensor) -> torch.Tensor:
     """What the gradient of `loss` begins with: 1, or NaN where the loss is not finite."""
     return 1 + 0 * loss.detach()
 
