@@ -299,8 +299,8 @@ def test_access_that_is_not_granted(hub, tmp_path, token, said):
         (404, "EntryNotFound", f"{LLAMA3} has no file original/tokenizer.model"),
         (403, None, "let the token read gated repositories"),
         (429, None, "too many requests"),
-        (500, None, "answers with an error of its own (500): try again later"),
-        (503, None, "answers with an error of its own (503): try again later"),
+        (500, None, "answers with its own error (500): try again later"),
+        (503, None, "answers with its own error (503): try again later"),
     ],
 )
 def test_errors_of_the_hub(hub, tmp_path, status, code, said):
