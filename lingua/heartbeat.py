@@ -171,7 +171,7 @@ class Watch:
             where = f"its stack could not be written ({error})"
         self._reported = doing
         self._news.set()
-        if self.rank == 0:  # whoever waits for the others reports them
+        if self.rank == 0:  # the ranks that wait report the others
             doing_it = doing.what + (" (or waiting for another rank)" if self.size > 1 else "")
             message = "step %s: %s for %.0f s by now (distributed.timeout); %s"
             logger.warning(message, doing.step, doing_it, passed, where)

@@ -86,7 +86,7 @@ class MemoryLayer(nn.Module):
 
     def __init__(self, owner: MemoryLayer | None = None):
         super().__init__()
-        self.slot_use: SlotUse | None = None  # set by whoever wants to know what is read in training
+        self.slot_use: SlotUse | None = None  # MemoryUse sets it, to record what training reads
         # In a tuple, which nn.Module does not look into.
         self._owner = (owner,) if owner is not None else ()
 
@@ -127,8 +127,7 @@ class MemoryLayer(nn.Module):
     @property
     def tables(self) -> tuple[xFormerEmbeddingBag, ...]:
         """The tables that this layer reads, its own or its owner's."""
-        holder = self._owner[0] if self._owner else self
-        return tuple(getattr(holder, name) for name in self.table_names)
+        return tuple(getattr(self.owner, name) for name in self.table_names)
 
     @property
     def own_tables(self) -> tuple[xFormerEmbeddingBag, ...]:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from lingua.distributed import local_part, reduce_sum
 from lingua.memory_layer import MemoryLayer
 from lingua.product_key.slot_use import CHOSEN, LAYERS_PER_BYTE, SAMPLED, SlotUse, is_sampled
+from lingua.sharding import local_offsets
 
 # Rows whose change is measured. Where more were read, this number of them is drawn.
 MEASURED_ROWS = 1024
@@ -236,8 +237,7 @@ def _rows_held(weight: nn.Parameter, slots: torch.Tensor) -> torch.Tensor:
     held = local_part(weight)
     slots = slots.to(held.device)
     if isinstance(weight, DTensor):
-        chunks = weight.__create_chunk_list__()  # how torch's distributed checkpoints ask a tensor for its place
-        first = chunks[0].offsets[0] if chunks else 0
+        first = local_offsets(weight)[0]
         slots = slots[(slots >= first) & (slots < first + len(held))] - first
     return held.index_select(0, slots)
 

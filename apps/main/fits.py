@@ -27,6 +27,7 @@ from lingua.transformer import head_sizes, hidden_size
 
 if TYPE_CHECKING:
     from apps.main.train import TrainArgs
+    from lingua.config import LMTransformerArgs
 
 # Bytes of Python's objects for a block: modules, parameters, the optimizer's state.
 OBJECTS_PER_BLOCK = 40_000
@@ -42,15 +43,19 @@ class Need(NamedTuple):
     bytes: float
 
 
+def count_feed_forwards(model: LMTransformerArgs) -> int:
+    """Blocks whose feed-forward is not replaced by a memory."""
+    return model.n_layers - sum(len(chosen.blocks) for chosen in chosen_memories(model) if not chosen.layer.is_beside)
+
+
 def count_parameters_by_part(args: TrainArgs) -> tuple[list[Part], list[Part]]:
     """All of a model's parameters but the value tables, and the value tables of each kind of memory."""
     model = args.model
     head_dim, n_heads, n_kv_heads = head_sizes(model)
     hidden = hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
     attention = 2 * model.dim * head_dim * (n_heads + n_kv_heads)
-    memories, tables, n_replaced = [], [], 0
+    memories, tables = [], []
     for chosen in chosen_memories(model):
-        n_replaced += 0 if chosen.layer.is_beside else len(chosen.blocks)
         memories += [
             part._replace(count=len(chosen.blocks) * part.count)
             for part in chosen.layer.parts_of(chosen.args, model.dim)
@@ -72,7 +77,7 @@ def count_parameters_by_part(args: TrainArgs) -> tuple[list[Part], list[Part]]:
         Part(
             "feed-forwards",
             ("model.n_layers", "model.dim", "model.multiple_of", "model.ffn_dim_multiplier"),
-            (model.n_layers - n_replaced) * 3 * model.dim * hidden,
+            count_feed_forwards(model) * 3 * model.dim * hidden,
         ),
     ]
     return [*dense, *memories], tables
@@ -122,16 +127,14 @@ def activation_needs(args: TrainArgs, world: World) -> Iterator[Need]:
     yield Need("blocks' inputs", (*batch, "model.dim", "model.n_layers"), n_tokens * model.dim * size * model.n_layers)
     # At least one block's whole, where the others' are computed again.
     recomputed = distributed.checkpoint_each_layer or distributed.selective_activation_checkpointing
-    chosen = chosen_memories(model)
-    n_replaced = sum(len(memory.blocks) for memory in chosen if not memory.layer.is_beside)
     kept = (lambda n_blocks: min(n_blocks, 1)) if recomputed else (lambda n_blocks: n_blocks)
     attention = head_dim * (n_heads + 2 * n_kv_heads)
     keys = (*batch, "model.n_layers", "model.head_dim", "model.n_heads", "model.n_kv_heads")
     yield Need("attention's activations", keys, n_tokens * attention * size * kept(model.n_layers))
     hidden = 2 * hidden_size(model.dim, model.multiple_of, model.ffn_dim_multiplier)
     keys = (*batch, "model.n_layers", "model.dim", "model.multiple_of", "model.ffn_dim_multiplier")
-    yield Need("feed-forwards' activations", keys, n_tokens * hidden * size * kept(model.n_layers - n_replaced))
-    for memory in chosen:
+    yield Need("feed-forwards' activations", keys, n_tokens * hidden * size * kept(count_feed_forwards(model)))
+    for memory in chosen_memories(model):
         slots_and_weights = n_tokens * memory.layer.reads_of(memory.args) * (8 + 4) * kept(len(memory.blocks))
         yield Need("slots and weights", (*batch, *memory.layer.read_keys), slots_and_weights)
     if model.sliding_window is not None and model.sliding_window < args.data.seq_len:

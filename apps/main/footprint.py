@@ -10,7 +10,7 @@ W query width, G key-value width, F hidden size, V value dim (vocabulary at the 
 from __future__ import annotations
 
 import collections
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -18,14 +18,11 @@ from apps.main.train import TrainArgs, build_model
 from apps.main.transformer import LMTransformer, count_flops_per_token, count_parameters
 from lingua.distributed import DTYPES, World, mesh_sizes
 from lingua.loss import tokens_of_chunk
-from lingua.memory_layer import Sizes
+from lingua.memory_layer import FP32, Sizes
 from lingua.memory_use import bytes_held
 from lingua.optim import count_moments, split_parameters
 from lingua.parallelize import REDUCED_AT_ONCE, splits_tables_by_rows
 from lingua.transformer import FeedForward, TransformerBlock
-
-# Of parameters' type: fp32, but for value tables where computing is in bf16.
-FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -293,9 +290,9 @@ class _Layout:
             parts += block.memory_layer.kept_bytes(self.sizes, cheap_again)
         return result + parts
 
-    def inputs(self, n_linears: int, tokens: int) -> int:
-        """Of linears that read one tensor in fp32: autocast casts it for each."""
-        return tokens * self.model.dim * (self.bytes * n_linears if self.bytes < FP32 else FP32)
+    def inputs(self, n_linears: int) -> int:
+        """Of linears that read the whole sequence."""
+        return replace(self.sizes, tokens=self.N).inputs(n_linears)
 
     def results_sent(self) -> int:
         """Under tensor parallelism, what is exchanged before and after a pair of linears, where that is kept."""
@@ -310,14 +307,14 @@ class _Layout:
         T = self.args.data.seq_len
         rotations = 8 * T * block.attention.head_dim
         mask = T * T * b if (self.model.sliding_window or T) < T else 0  # as numbers to be added to scores
-        return self.norm() + self.inputs(3, N) + rotations + mask + heads + n * C * FP32
+        return self.norm() + self.inputs(3) + rotations + mask + heads + n * C * FP32
 
     def feed_forward(self, block: TransformerBlock, cheap_again: bool) -> int:
         N, C, b = self.N, self.model.dim, self.bytes
         F = block.feed_forward.w1.out_features // self.tp
         if cheap_again:
             return N * (2 * F + C) * b + self.results_sent()
-        return self.inputs(2, N) + 4 * N * F * b
+        return self.inputs(2) + 4 * N * F * b
 
     def at_the_loss(self, gradients: int, copies: int, activations: int) -> int:
         """Bytes where the forward pass turns into the backward one: all activations and what the loss takes."""

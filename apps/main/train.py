@@ -93,12 +93,7 @@ from lingua.metrics import (
     start_wandb,
     validate_logging_args,
 )
-from lingua.nonfinite import (
-    Guard,
-    check_weights,
-    refuse_optimizer,
-    validate_guard_args,
-)
+from lingua.nonfinite import Guard, check_weights, refuse_optimizer, validate_guard_args
 from lingua.optim import (
     OptimArgs,
     build_optimizer,

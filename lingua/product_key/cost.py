@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lingua.memory_layer import Sizes
-    from lingua.product_key.memory import HashingMemory
+from lingua.memory_layer import FP32, Sizes
 
-FP32 = 4
+if TYPE_CHECKING:
+    from lingua.product_key.memory import HashingMemory
 
 
 def kept_bytes(memory: HashingMemory, sizes: Sizes, cheap_again: bool) -> int:

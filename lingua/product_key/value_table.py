@@ -58,9 +58,7 @@ class xFormerEmbeddingBag(nn.Module):
         return super()._apply(apply_at_home, recurse)
 
     def note_rows(self, whole: bool = False) -> RowGradients:
-        """From now on the table's gradient is row-sparse, and `weight.grad` stays None; until `make_whole`, with
-        `whole`.
-        """
+        """Makes the table's gradient row-sparse: `weight.grad` stays None, with `whole` only until `make_whole`."""
         if self.row_gradients is None or self.row_gradients.whole != whole:
             self.row_gradients = RowGradients(self.weight, whole)
         return self.row_gradients
